@@ -1,0 +1,63 @@
+# Needs Python >= 3.10 with venv, and make:
+#   make demo            train the embedded model and print its rewards before and after
+#   make test            notebooks and tests, as one report
+#   make test-slow       the tests and cells that take minutes
+#   make export-check    are the notebooks clean and in step with the modules?
+#   make docs            the site, in _docs (needs Quarto 1.10)
+#   make clean           remove the environment, builds and caches
+#
+# TORCH chooses the torch build, e.g. on a laptop: make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# Without it: the newest torch where there is a GPU, the one of constraints/cpu.txt elsewhere.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+FACTS := settings.ini setup.py pyproject.toml constraints/cpu.txt
+CONSTRAINT := $(if $(TORCH)$(shell command -v nvidia-smi 2>/dev/null),,--constraint constraints/cpu.txt)
+
+.PHONY: help demo test test-slow export-check docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: pass PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(FACTS) | $(BIN)/python
+	$(if $(TORCH),$(PIP) $(TORCH))
+	$(PIP) $(CONSTRAINT) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) $(CONSTRAINT) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	rm -rf runs/demo
+	$(BIN)/sdpo-train tiny --output_dir runs/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow
+
+export-check: $(VENV)/.installed-dev
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	@git status --short nbs sdpo_nb
+	@test -z "$$(git status --porcelain nbs sdpo_nb)" || { echo "these differ from what is committed: commit what nbdev-export and nbdev-clean wrote"; exit 1; }
+
+docs: $(VENV)/.installed-dev
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.10: https://quarto.org/docs/download/"; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" nbdev-docs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache
+	find nbs sdpo_nb tests -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
