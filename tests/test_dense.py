@@ -1,0 +1,200 @@
+"Anchors, dense rewards and credit rules: against the reference's numbers and against the formulas written as plain loops"
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdpo_nb.dense import (action_returns, greedy_anchors, interpolate_rewards, latent_similarities, query_indices, select_anchor,
+                           spread_rewards, step_similarities)
+
+VECTORS = np.load(Path(__file__).parent/"reference_vectors"/"sdpo_vectors.npz")
+
+
+def vector(name): return torch.from_numpy(VECTORS[name])
+
+
+def latents(B, T, seed=0, common=1.):
+    "Random walks around a common mean, so that neighbouring steps are alike"
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, T, 4, 4, 4, generator=generator).cumsum(1)/T**.5 + common
+
+
+def close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    assert ((actual-expected).abs() <= tolerance*expected.abs().clamp(min=1)).all()
+
+
+# --- the reference implementation's numbers
+
+@pytest.mark.parametrize("num_steps", [3, 4, 8, 16, 50])
+def test_reference_vectors(num_steps):
+    pred_x0, rewards, anchor = (vector(f"dense/T{num_steps}/{key}") for key in ("pred_x0", "rewards3", "anchor"))
+    assert torch.equal(select_anchor(pred_x0, among="all"), anchor)
+    for actual, key in zip(latent_similarities(pred_x0, anchor), ("sim_first", "sim_anchor", "sim_last")):
+        close(actual, vector(f"dense/T{num_steps}/{key}"), 1e-5)
+    close(interpolate_rewards(pred_x0, anchor, rewards), vector(f"dense/T{num_steps}/dense"), 1e-5)
+
+
+# --- the formulas as plain loops
+
+def cosine(a, b):
+    a, b = a.flatten().double(), b.flatten().double()
+    return (a@b/(a.norm()*b.norm())).item()
+
+
+@pytest.mark.parametrize("among,steps", [("interior", range(1, 6)), ("all", range(7))])
+def test_anchor_and_interpolation_by_hand(among, steps):
+    steps, num_steps, last = ([*steps] if among == "all" else [*range(1, 6)]), 7, 6
+    pred_x0, rewards = latents(5, num_steps), torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    anchor = select_anchor(pred_x0, among)
+    dense = interpolate_rewards(pred_x0, anchor, rewards)
+    for x, k, r, d in zip(pred_x0, anchor.tolist(), rewards.tolist(), dense.tolist()):
+        assert k == min(steps, key=lambda i: cosine(x[i], x[0]) + cosine(x[i], x[last]))
+        weights = [[cosine(x[i], x[j]) for j in (0, k, last)] for i in range(num_steps)]
+        expected = [sum(w*q for w, q in zip(row, r))/sum(row) for row in weights]
+        expected[0], expected[last] = r[0], r[2]
+        expected[k] = r[1]
+        assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) for a, b in zip(d, expected))
+
+
+def test_interior_anchor_is_never_an_end_and_all_may_be():
+    middle = torch.full((1, 5, 1, 1, 2), 1.)
+    middle[:, 0, ..., 1], middle[:, -1, ..., 1] = -1., 3.   # the ends are the least alike
+    assert select_anchor(middle, "all").item() in (0, 4)
+    assert 0 < select_anchor(middle).item() < 4
+    assert ((select_anchor(latents(200, 4)) > 0) & (select_anchor(latents(200, 4)) < 3)).all()
+
+
+def test_anchor_wins_where_it_coincides_with_an_end():
+    pred_x0, rewards = latents(2, 4), torch.tensor([[1., 2., 3.], [1., 2., 3.]])
+    dense = interpolate_rewards(pred_x0, torch.tensor([0, 3]), rewards)
+    assert dense[0, [0, 3]].tolist() == [2., 3.] and dense[1, [0, 3]].tolist() == [1., 2.]
+
+
+@pytest.mark.parametrize("queries", [3, 5, "all", "terminal"])
+@pytest.mark.parametrize("among", ["interior", "all", "random"])
+def test_short_trajectories(queries, among):
+    for num_steps in (1, 2):
+        pred_x0, true = latents(3, num_steps), torch.randn(3, num_steps, generator=torch.Generator().manual_seed(0))
+        assert select_anchor(pred_x0, among).tolist() == [num_steps-1]*3
+        anchor = select_anchor(pred_x0, among)
+        assert torch.equal(interpolate_rewards(pred_x0, anchor, true[:, [0, num_steps-1, num_steps-1]]), true)
+        if queries == "terminal": continue
+        indices = query_indices(pred_x0, queries, among)
+        assert indices.tolist() == [[*range(num_steps)]]*3   # nothing is decoded twice
+        assert torch.equal(spread_rewards(pred_x0, indices, true.gather(1, indices)), true)
+
+
+@pytest.mark.parametrize("num_steps,queries,among", [*itertools.product((3, 4, 5, 6, 12), (3, 5), ("interior", "random"))])
+def test_queries_are_distinct_and_ordered_first_anchors_last(num_steps, queries, among):
+    indices = query_indices(latents(20, num_steps), queries, among)
+    assert indices.shape == (20, min(queries, num_steps)) and indices.dtype == torch.int64
+    assert (indices[:, 0] == 0).all() and (indices[:, -1] == num_steps-1).all()
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+
+
+def test_five_queries_are_greedy():
+    pred_x0 = latents(4, 12)
+    for x, row in zip(pred_x0, query_indices(pred_x0, 5).tolist()):
+        chosen = [0, 11]
+        for k in row[1:-1]:
+            rest = [i for i in range(1, 11) if i not in chosen]
+            assert k == min(rest, key=lambda i: sum(cosine(x[i], x[j]) for j in chosen))
+            chosen.append(k)
+
+
+def test_five_queries_are_weighted_by_similarity():
+    pred_x0 = latents(3, 9)
+    indices, rewards = query_indices(pred_x0, 5), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    dense = spread_rewards(pred_x0, indices, rewards)
+    for b, i in itertools.product(range(3), range(9)):
+        queried = indices[b].tolist()
+        weights = [cosine(pred_x0[b, i], pred_x0[b, j]) for j in queried]
+        expected = rewards[b, queried.index(i)].item() if i in queried else sum(w*r.item() for w, r in zip(weights, rewards[b]))/sum(weights)
+        assert math.isclose(dense[b, i], expected, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def test_one_query_is_a_terminal_reward_and_all_queries_are_the_truth():
+    pred_x0, true = latents(3, 6), torch.randn(3, 6)
+    terminal = spread_rewards(pred_x0, query_indices(pred_x0, "terminal"), true[:, -1:])
+    assert (terminal[:, :-1] == 0).all() and torch.equal(terminal[:, -1], true[:, -1])
+    assert torch.equal(spread_rewards(pred_x0, query_indices(pred_x0, "all"), true), true)
+
+
+def test_random_anchors_follow_their_generator():
+    pred_x0 = latents(300, 8)
+    draw = lambda seed: select_anchor(pred_x0, "random", torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    counts = draw(0).bincount(minlength=8)
+    assert counts[0] == counts[7] == 0 and (counts[1:7] > 25).all()
+
+
+def test_equal_rewards_stay_equal_and_scale_of_latents_is_irrelevant():
+    pred_x0 = latents(3, 8)
+    anchor = select_anchor(pred_x0)
+    close(interpolate_rewards(pred_x0, anchor, torch.full((3, 3), 5.)), torch.full((3, 8), 5.), 1e-6)
+    rewards = torch.randn(3, 3)
+    assert torch.equal(select_anchor(pred_x0*7), anchor)
+    close(interpolate_rewards(pred_x0*7, anchor, rewards), interpolate_rewards(pred_x0, anchor, rewards), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_latents_are_compared_in_float32(dtype):
+    pred_x0, rewards = latents(4, 8).to(dtype), torch.randn(4, 3)
+    anchor = select_anchor(pred_x0.float())
+    assert torch.equal(select_anchor(pred_x0), anchor)
+    dense = interpolate_rewards(pred_x0, anchor, rewards)
+    assert dense.dtype == torch.float32 and torch.equal(dense, interpolate_rewards(pred_x0.float(), anchor, rewards))
+
+
+def test_similarities_are_symmetric_with_ones_on_the_diagonal():
+    pred_x0 = latents(3, 6)
+    table = step_similarities(pred_x0, torch.arange(6).expand(3, -1))
+    close(table, table.transpose(1, 2), 1e-6)
+    close(table.diagonal(dim1=1, dim2=2), torch.ones(3, 6), 1e-6)
+
+
+# --- credit
+
+@pytest.mark.parametrize("num_steps,final", [(1, True), (2, True), (2, False), (7, True), (7, False)])
+def test_credit_rules_as_plain_sums(num_steps, final):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(4, num_steps, generator=generator, dtype=torch.float64)
+    last = torch.randn(4, generator=generator, dtype=torch.float64) if final else None
+    gamma, gae_lambda = .9, .7
+    paper = action_returns(rewards, gamma=gamma)
+    causal = action_returns(rewards, credit="causal", gamma=gamma, final_reward=last)
+    gain = action_returns(rewards, credit="gain", gae_lambda=gae_lambda, final_reward=last)
+    for b in range(4):
+        R = rewards[b].tolist() + ([last[b].item()] if final else [])
+        for i in range(num_steps):
+            assert math.isclose(paper[b, i], sum(gamma**(j-i)*R[j] for j in range(i, num_steps)), abs_tol=1e-12)
+            assert math.isclose(causal[b, i], sum(gamma**(j-i-1)*R[j] for j in range(i+1, len(R))), abs_tol=1e-12)
+            assert math.isclose(gain[b, i], sum(gae_lambda**(j-i)*(R[j+1]-R[j]) for j in range(i, len(R)-1)), abs_tol=1e-12)
+
+
+def test_credit_leaves_its_input_alone():
+    rewards, final = torch.randn(3, 5), torch.randn(3)
+    before = rewards.clone()
+    for credit in ("paper", "causal", "gain"): action_returns(rewards, credit=credit, final_reward=None if credit == "paper" else final)
+    assert torch.equal(rewards, before)
+
+
+# --- what is refused, and how
+
+@pytest.mark.parametrize("call,message", [
+    (lambda: select_anchor(latents(2, 5), "some"), "among is 'some'"),
+    (lambda: select_anchor(torch.zeros(3, 4)), r"pred_x0 has shape \[3, 4\]"),
+    (lambda: query_indices(latents(2, 5), 4), "queries is 4"),
+    (lambda: interpolate_rewards(latents(2, 5), torch.tensor([1, 2]), torch.zeros(2, 2)), r"rewards has shape \[2, 2\]"),
+    (lambda: interpolate_rewards(latents(2, 5), torch.tensor([1]), torch.zeros(2, 3)), r"anchor has shape \[1\]"),
+    (lambda: action_returns(torch.zeros(2, 5), credit="mine"), "credit is 'mine'"),
+    (lambda: action_returns(torch.zeros(2, 1), credit="gain"), "give final_reward"),
+    (lambda: action_returns(torch.zeros(2, 5), final_reward=torch.zeros(2)), "final_reward is given"),
+    (lambda: action_returns(torch.zeros(2, 5), credit="causal", final_reward=torch.zeros(3)), r"final_reward has shape \[3\]"),
+])
+def test_bad_input_is_refused_with_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message): call()
