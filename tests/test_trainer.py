@@ -1,0 +1,504 @@
+"""The training loop, on a random pipeline: counts, resume, the losses in place, and what a run folder holds at any moment."""
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from random_pipelines import random_stable_diffusion
+
+from sdpo_nb.config import TrainConfig, animals, queries_per_epoch, resolve
+from sdpo_nb.evaluate import step_generalization
+from sdpo_nb.files import read_json, read_jsonl
+from sdpo_nb.mdp import ddim_step
+from sdpo_nb.models import load_policy
+from sdpo_nb.recipes import recipes
+from sdpo_nb.trainer import (Callback, EvaluationCallback, ProgressCallback, ReportCallback, Trainer, default_callbacks, most_skipped,
+                             newest_checkpoint, pair_diversity, run_config)
+
+TESTS = Path(__file__).resolve().parent
+PROMPTS = ['a red circle', 'a cat']
+
+
+def redness(images, prompts): return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+
+def noisy_redness(images, prompts):
+    "A reward that draws from torch's global generator, whose state a resumed run has to find again"
+    return redness(images, prompts) + .01*torch.rand(len(images))
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+    "A folder with a random pipeline"
+    folder = tmp_path_factory.mktemp('pipeline')/'random'
+    random_stable_diffusion(folder, prediction_type='v_prediction')
+    return folder
+
+
+@pytest.fixture
+def make(pipeline, tmp_path):
+    "Make a trainer of a small run"
+    def make_trainer(*, reward=redness, callbacks=(), prompts=PROMPTS, policy=None, **settings):
+        small = dict(num_steps=5, epochs=1, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, buffer_size=8, min_count=4,
+                     output_dir=str(tmp_path/'run'))
+        return Trainer(policy or load_policy(pipeline, device='cpu'), reward, prompts, TrainConfig(**{**small, **settings}), callbacks)
+    return make_trainer
+
+
+def same_weights(first, second):
+    "Are the LoRA weights of two trainers equal, bit by bit?"
+    first, second = first.policy.lora_state(), second.policy.lora_state()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def without_clock(records): return [{name: value for name, value in record.items() if not name.startswith('seconds/')} for record in records]
+
+
+# --- sampling, queries, credit
+
+@pytest.mark.parametrize('name', recipes)
+def test_every_recipe_trains(make, name):
+    trainer = make(recipe=name)
+    start = trainer.policy.lora_state()
+    metrics = trainer.train()
+    end = trainer.policy.lora_state()
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    assert metrics['log_ratio/max_before_update'] == 0 and metrics['log_ratio/recomputed'] == 0
+    assert metrics['samples'] == 8 and metrics['reward_queries'] <= queries_per_epoch(trainer.config)
+    assert metrics['optimizer_steps'] == (2*len(trainer.trained_steps) if trainer.config.order == 'step_shuffled' else 2)
+    needed = ('epoch samples reward_queries optimizer_steps reward/mean reward/std loss log_ratio/max_before_update clip_fraction grad_norm diversity '
+              'seconds/sample seconds/reward seconds/train').split()
+    assert set(needed) <= metrics.keys() and all(math.isfinite(metrics[name]) for name in needed)
+
+
+@pytest.mark.parametrize('settings', [
+    {}, dict(queries='5'), dict(queries='all'), dict(queries='terminal'), dict(sampling='independent_pair'), dict(credit='causal'),
+    dict(credit='causal', train_last_step=True), dict(credit='gain', train_last_step=True), dict(recipe='ddpo'), dict(recipe='rebel'),
+    dict(num_steps=1, credit='causal', train_last_step=True), dict(num_steps=2), dict(num_steps=2, credit='gain'), dict(anchor='random'),
+    dict(num_steps=1, credit='gain', train_last_step=True), dict(num_steps=4, queries='5'), dict(recipe='ddpo', num_steps=1)], ids=str)
+def test_every_picture_is_queried_once(make, settings):
+    asked = []
+    def counting(images, prompts):
+        asked.append(len(images))
+        return redness(images, prompts)
+    trainer = make(reward=counting, **settings)
+    rollout = trainer.rollout(0)
+    # the expected number: pairs that share their first noise share one query
+    assert sum(asked) == rollout.queries == trainer.counts['reward_queries'] == queries_per_epoch(trainer.config)
+    assert rollout.advantages.isfinite().all() and rollout.advantages.shape == rollout.log_prob.shape
+    assert (rollout.final_reward is None) == (not trainer.needs_final)
+    assert math.isfinite(trainer.update(rollout, 0)['loss'])
+
+
+def test_the_reference_asks_less_where_anchors_lie_at_the_ends(make):
+    rollout = make(recipe='sdpo_reference').rollout(0)
+    assert rollout.queries <= 4*5
+    assert rollout.indices[..., 0].eq(0).all() and rollout.indices[..., 2].eq(4).all()
+
+
+def test_pairs_share_prompt_first_noise_and_first_reward(make):
+    rollout = make(pairs_per_epoch=6, epochs=1).rollout(0)
+    latents, rewards = rollout.latents, rollout.rewards
+    assert torch.equal(latents[0, :, 0], latents[1, :, 0]) and not torch.equal(latents[0, :, 1], latents[1, :, 1])
+    assert torch.equal(rewards[0, :, 0], rewards[1, :, 0]) and not torch.equal(rewards[0, :, -1], rewards[1, :, -1])
+    assert rollout.prompts == make(pairs_per_epoch=6).rollout(0).prompts != make(pairs_per_epoch=6).rollout(1).prompts
+
+
+def test_rewards_belong_to_their_pictures_and_prompts(make):
+    "The layout [K,B,Q] survives flattening and deduplication: each reward is that of its own picture and prompt"
+    def named(images, prompts): return redness(images, prompts) + torch.tensor([100.*PROMPTS.index(prompt) for prompt in prompts])
+    trainer = make(reward=named)
+    rollout = trainer.rollout(0)
+    for k in range(2):
+        for unit, prompt in enumerate(rollout.prompts):
+            for query, step in enumerate(rollout.indices[k, unit].tolist()):
+                image = trainer.policy.decode(rollout.pred_x0[k, unit, step][None])
+                torch.testing.assert_close(rollout.rewards[k, unit, query], named(image, [prompt])[0], rtol=1e-5, atol=1e-4)
+                torch.testing.assert_close(rollout.dense[k, unit, step], rollout.rewards[k, unit, query])
+
+
+def test_finished_samples_are_scored_where_the_recipe_says(make):
+    trainer = make(recipe='ddpo')
+    rollout = trainer.rollout(0)
+    expected = redness(trainer.policy.decode(rollout.latents[0, :, -1]), rollout.prompts)
+    torch.testing.assert_close(rollout.final_reward[0], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(rollout.outcome, rollout.final_reward)
+    assert rollout.advantages[0].std(1).max() < 1e-5   # one reward a trajectory, undiscounted
+
+
+def test_a_step_without_density_is_left_out(tmp_path, make):
+    random_stable_diffusion(tmp_path/'one', set_alpha_to_one=True)
+    trainer = make(policy=load_policy(tmp_path/'one', device='cpu'), credit='causal', train_last_step=True)
+    assert trainer.trained_steps == [0, 1, 2, 3] and not trainer.needs_final
+    assert math.isfinite(trainer.train()['loss'])
+
+
+# --- the update
+
+def perturb(trainer, size=.1):
+    "Move the LoRA away from zero, so that log-ratios are not"
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainer.parameters: parameter.data += size*torch.randn(parameter.shape, generator=generator)
+
+
+def test_loss_of_one_cell_by_hand(make):
+    trainer = make(clip_range=1e-4, step_weight=.9, log_scale=2.)
+    rollout = trainer.rollout(0)
+    perturb(trainer)
+    unit, step = 1, 3
+    _, log = trainer.cell_loss(rollout, torch.tensor([unit]), torch.tensor([step]))
+    ratio = []
+    for k in range(2):
+        state, action = rollout.latents[k, unit, step][None], rollout.latents[k, unit, step+1][None]
+        timestep = trainer.scheduler.timesteps[step].item()
+        with torch.no_grad(): output = trainer.policy.predict(state, timestep, trainer.policy.embed([rollout.prompts[unit]]))
+        log_prob = ddim_step(trainer.scheduler, output, timestep, state, prev_sample=action).log_prob
+        ratio.append((trainer.scales[step]*(log_prob - rollout.log_prob[k, unit, step])).item())
+    held = [max(-1e-4, min(1e-4, r)) for r in ratio]
+    target = (rollout.advantages[0, unit, step].clamp(-5, 5) - rollout.advantages[1, unit, step].clamp(-5, 5)).item()
+    weight = .9**step/2
+    expected = max((weight*(r[0]-r[1]) - target)**2 for r in (ratio, held))
+    assert log['loss'].item() == pytest.approx(expected, rel=1e-4)
+    assert log['log_ratio'].item() == pytest.approx(max(map(abs, ratio)), rel=1e-3) and log['log_ratio'] > 1e-3
+    assert log['clip_fraction'] == 1
+
+
+def gradients(trainer, rollout, update):
+    "Of one update"
+    trainer.apply_update(rollout, update)
+    found = torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
+    trainer.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize('recipe', ['sdpo', 'ddpo', 'd3po', 'prdp'])
+def test_micro_batches_do_not_change_the_gradient(make, recipe):
+    whole = make(recipe=recipe, kl_coefficient=.1, num_steps=3, pairs_per_epoch=2, micro_batch=2)
+    rollout = whole.rollout(0)
+    rollout.reference_log_prob = rollout.log_prob
+    perturb(whole)
+    update = whole.epoch_updates(rollout, 0)[0]
+    expected = gradients(whole, rollout, update)
+    whole.micro_units = 1
+    torch.testing.assert_close(gradients(whole, rollout, update), expected, rtol=1e-3, atol=1e-3*expected.abs().max().item())
+
+
+def test_two_passes_give_the_gradient_of_the_full_graph(make):
+    trainer = make(recipe='prdp', pairs_per_update=4, clip_range=1e-2)
+    rollout = trainer.rollout(0)
+    perturb(trainer)
+    units, steps = trainer.epoch_updates(rollout, 0)[0]
+    log_prob = torch.zeros_like(rollout.log_prob)
+    log_prob[:, units, steps] = trainer.action_log_prob(rollout, units, steps)[0]
+    ratio = log_prob - rollout.log_prob
+    target = (rollout.advantages[0] - rollout.advantages[1]).mean(1)
+    squares = [((r[0] - r[1]).sum(1) - target).square() for r in (ratio, ratio.clamp(-1e-2, 1e-2))]
+    loss = torch.maximum(*squares).mean()
+    loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
+    trainer.optimizer.zero_grad()
+    torch.testing.assert_close(gradients(trainer, rollout, (units, steps)), expected, rtol=1e-3, atol=1e-3*expected.abs().max().item())
+    log = trainer.apply_update(rollout, (units, steps))[0][1]
+    assert log['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_an_update_lowers_its_loss(make):
+    trainer = make(learning_rate=1e-5, clip_range=0, pairs_per_update=4, pairs_per_epoch=4)
+    rollout = trainer.rollout(0)
+    update = trainer.epoch_updates(rollout, 0)[0]
+    def loss(): return sum(share*log['loss'].item() for share, log in trainer.apply_update(rollout, update))
+    before = loss()
+    trainer.optimizer_step()
+    assert loss() < before
+
+
+def test_log_ratio_is_zero_before_and_noise_is_repaired(make):
+    trainer = make(micro_batch=1, clip_range=1e-4)
+    rollout = trainer.rollout(0)
+    assert torch.equal(trainer.policy_log_prob(rollout)[..., :4], rollout.log_prob[..., :4])
+    trainer.micro_units = 2   # other kernels: at most a hundredth of the clip
+    assert (trainer.policy_log_prob(rollout) - rollout.log_prob)[..., :4].abs().max() <= 1e-6
+    trainer.micro_units = 1
+    rollout.log_prob += 1e-5
+    log = trainer.update(rollout, 0)
+    assert log['log_ratio/recomputed'] == 1 and log['log_ratio/max_before_update'] == 0
+
+
+def test_reference_log_probs_stay_those_of_the_first_policy(make):
+    trainer = make(recipe='d3po', epochs=2)
+    trainer.train()
+    rollout = trainer.last_rollout
+    with trainer.policy.without_lora(): expected = trainer.policy_log_prob(rollout)
+    assert torch.equal(rollout.reference_log_prob, expected) and not torch.equal(rollout.reference_log_prob, rollout.log_prob)
+
+
+def test_divergence_is_zero_at_the_start(make):
+    trainer = make(kl_coefficient=1.)
+    rollout, cells = trainer.rollout(0), (torch.tensor([0, 1]), torch.tensor([1, 2]))
+    assert trainer.cell_loss(rollout, *cells)[1]['kl'] == 0
+    perturb(trainer)
+    _, log = trainer.cell_loss(rollout, *cells)
+    # by hand: the means of the two steps, half the squared distance in units of σ
+    _, output = trainer.action_log_prob(rollout, *cells)
+    with trainer.policy.without_lora(): _, reference = trainer.action_log_prob(rollout, *cells)
+    state, timestep = rollout.latents[:, cells[0], cells[1]].flatten(0, 1), trainer.scheduler.timesteps[cells[1]].repeat(2)
+    noise = torch.zeros_like(state)
+    mean, other = (ddim_step(trainer.scheduler, x, timestep, state, noise=noise).prev_sample for x in (output, reference))
+    one = ddim_step(trainer.scheduler, output, timestep, state, noise=torch.ones_like(state)).prev_sample
+    expected = ((mean-other)/(one-mean)).square().mean()/2
+    assert log['kl'].item() == pytest.approx(expected.item(), rel=1e-2) and log['kl'] > 0
+    assert all(parameter.requires_grad for parameter in trainer.parameters)
+
+
+def test_last_step_is_left_out_and_scales_average_one(make):
+    trainer = make()
+    assert trainer.trained_steps == [0, 1, 2, 3]
+    assert trainer.scales[trainer.trained_steps].mean().item() == pytest.approx(1)
+    steps = torch.cat([steps for _, steps in trainer.epoch_updates(trainer.rollout(0), 0)])
+    assert steps.bincount().tolist() == [4, 4, 4, 4]
+    assert make(recipe='sdpo_reference').scales.tolist() == [1]*5
+
+
+def test_gradients_that_are_not_finite(make, monkeypatch):
+    trainer = make(kl_coefficient=1., epochs=9)
+    broken = []
+    def divergence(rollout, units, steps, output): return output.mean()*(math.nan if broken else 0.)
+    monkeypatch.setattr(trainer, 'divergence', divergence)
+    rollout = trainer.rollout(0)
+    trainer.update(rollout, 0)
+    made, weights = trainer.counts['optimizer_steps'], trainer.policy.lora_state()
+    broken.append(True)
+    with pytest.raises(RuntimeError, match=f'infinite or NaN {most_skipped} times in a row.*resume='):
+        for _ in range(9): trainer.update(rollout, 1)
+    assert trainer.counts['skipped_updates'] == most_skipped and trainer.counts['optimizer_steps'] == made
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.policy.lora_state().items())
+    assert all(state['exp_avg'].isfinite().all() for state in trainer.optimizer.state.values())
+    broken.clear()
+    trainer.update(rollout, 2)
+    assert trainer.counts['skipped_in_a_row'] == 0
+
+
+# --- the run and its folder
+
+def test_resume_is_exact(make, tmp_path):
+    settings = dict(reward=noisy_redness, epochs=4, checkpoint_every=2, num_steps=3)
+    torch.manual_seed(5)
+    straight = make(**settings, output_dir=str(tmp_path/'straight'))
+    straight.train()
+    torch.manual_seed(5)
+    make(**{**settings, 'epochs': 2}).train()
+    torch.manual_seed(7)
+    resumed = make(**settings, resume=str(tmp_path/'run'))
+    last = resumed.train()
+    assert same_weights(straight, resumed)
+    assert without_clock(read_jsonl(tmp_path/'run/metrics.jsonl')) == without_clock(read_jsonl(tmp_path/'straight/metrics.jsonl'))
+    assert last['epoch'] == 4 and resumed.counts == straight.counts
+    assert resumed.normalizer.state_dict() == straight.normalizer.state_dict()
+    assert read_json(tmp_path/'run/config.json')['epochs'] == 4
+    kept = sorted(path.name for path in (tmp_path/'run/checkpoints').iterdir())
+    assert kept == ['epoch_000002.pt', 'epoch_000004.pt']
+
+
+class Killed(Exception): pass
+
+
+class KillAfter(Callback):
+    "The power fails after an epoch"
+    def __init__(self, epoch): self.epoch = epoch
+    def after_epoch(self, trainer, metrics):
+        if metrics['epoch'] == self.epoch: raise Killed
+
+
+def test_an_accident_costs_nothing_but_time(make, tmp_path):
+    settings = dict(epochs=4, checkpoint_every=2, num_steps=3)
+    straight = make(**settings, output_dir=str(tmp_path/'straight'))
+    straight.train()
+    with pytest.raises(Killed): make(**settings, callbacks=[KillAfter(3)]).train()
+    with open(tmp_path/'run/metrics.jsonl', 'a') as file: file.write('{"epoch": 4, "samp')
+    (tmp_path/'run/checkpoints/.epoch_000004.pt.0123').write_bytes(b'half a checkpoint')
+    resumed = make(**settings, resume=str(tmp_path/'run'))
+    resumed.train()
+    assert same_weights(straight, resumed)
+    assert without_clock(read_jsonl(tmp_path/'run/metrics.jsonl')) == without_clock(read_jsonl(tmp_path/'straight/metrics.jsonl'))
+
+
+def test_a_killed_process_leaves_a_folder_to_resume(make, pipeline, tmp_path):
+    "SIGKILL, at whatever it was doing"
+    program = textwrap.dedent(f'''
+        import sys; sys.path.insert(0, {str(TESTS)!r})
+        from test_trainer import *
+        config = TrainConfig(num_steps=5, epochs=1000, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, buffer_size=8, min_count=4,
+                             checkpoint_every=1, output_dir={str(tmp_path/'run')!r})
+        Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [ProgressCallback()]).train()''')
+    process = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3): assert process.stdout.readline().startswith('epoch'), process.stderr.read()
+    process.kill()
+    process.communicate()
+    done = newest_checkpoint(tmp_path/'run')['counts']['epoch']
+    assert done >= 2
+    resumed = make(resume=str(tmp_path/'run'), epochs=done+1, checkpoint_every=1)
+    assert resumed.train()['epoch'] == done+1
+    assert [record['epoch'] for record in read_jsonl(tmp_path/'run/metrics.jsonl')] == list(range(1, done+2))
+
+
+def test_what_cannot_be_resumed(make, tmp_path):
+    run = tmp_path/'run'
+    make(epochs=1).train()
+    again = dict(resume=str(run), epochs=2)
+    for settings, sentence in [(dict(learning_rate=1e-2), 'learning_rate is 0.01, but the run'), (dict(prompts=['a dog']), 'prompts are not the 2'),
+                               (dict(reward=noisy_redness), "reward is 'noisy_redness', but the run")]:
+        with pytest.raises(ValueError, match=sentence): make(**again, **settings).train()
+    newest = run/'checkpoints/epoch_000001.pt'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='cannot be read .*damaged. Delete it to go on from epoch_000000.pt'): make(**again).train()
+    torch.save({'weights': torch.ones(2)}, newest)
+    with pytest.raises(ValueError, match='was not written by sdpo_nb'): make(**again).train()
+    with pytest.raises(ValueError, match='holds no checkpoints'): make(resume=str(tmp_path/'nowhere')).train()
+    newest.unlink()
+    assert make(**again).train()['epoch'] == 2
+
+
+def test_refusals_leave_nothing_on_disk(make, pipeline, tmp_path):
+    for settings, sentence in [(dict(num_steps=1), 'expected signal is zero'), (dict(clip_range=-1), 'clip_range is -1'), (dict(prompts=[]), 'at least one string'),
+                               (dict(reward='no_such_reward'), 'no_such_reward'), (dict(precision='bf16'), "precision is 'bf16', but the policy was loaded in 'fp32'"),
+                               (dict(recipe='prdp', sampling='single'), 'compares pairs')]:
+        with pytest.raises(ValueError, match=sentence): make(**settings)
+    assert not (tmp_path/'run').exists()
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run/thesis.txt').write_text('mine')
+    with pytest.raises(ValueError, match='exists and is not an empty folder'): make().train()
+    assert [path.name for path in (tmp_path/'run').iterdir()] == ['thesis.txt']
+
+
+def test_a_broken_reward_is_named(make):
+    with pytest.raises(ValueError, match="reward 'broken' returned nan"):
+        make(reward=type('Broken', (), {'name': 'broken', '__call__': lambda self, images, prompts: torch.full((len(images),), torch.nan)})()).train()
+
+
+def test_settings_read_back(make, pipeline, tmp_path):
+    trainer = make(epochs=2)
+    trainer.train()
+    settings = json.loads((tmp_path/'run/config.json').read_text())
+    assert settings['reward'] == 'redness' and settings['policy'] == str(pipeline) and settings['prompts'] == PROMPTS
+    assert {'sdpo_nb', 'torch', 'diffusers', 'python'} <= settings['versions'].keys()
+    config = run_config(tmp_path/'run')
+    assert config == replace(trainer.config, resume=None) and resolve(config) == config
+    resumed = Trainer(load_policy(config.policy, device='cpu'), redness, config.prompts, replace(config, resume=str(tmp_path/'run'), epochs=3), [])
+    assert resumed.train()['epoch'] == 3
+    assert make(prompts='animals').config.prompts == 'animals'
+    assert make(prompts=list(animals)).config.prompts == 'animals'
+    (tmp_path/'run/config.json').write_text('{"policy": "tiny"}')
+    with pytest.raises(ValueError, match='lacks recipe'): run_config(tmp_path/'run')
+
+
+def test_lora_loads_with_plain_diffusers(make, pipeline, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    trainer = make(learning_rate=1e-2, lora_alpha=8.)
+    trainer.train()
+    plain = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
+    plain.load_lora_weights(tmp_path/'run/lora')
+    latents, embedding = torch.randn(2, 4, 8, 8), trainer.policy.embed(PROMPTS)
+    with torch.no_grad():
+        ours, theirs = trainer.policy.predict(latents, 500, embedding), plain.unet(latents, 500, embedding.prompt_embeds).sample
+        with trainer.policy.without_lora(): before = trainer.policy.predict(latents, 500, embedding)
+    torch.testing.assert_close(theirs, ours)
+    assert (ours-before).abs().max() > 1e-4
+
+
+def test_patience(make):
+    level = [0.]
+    def falling(images, prompts):
+        level[0] -= 1
+        return redness(images, prompts) + level[0]
+    trainer = make(reward=falling, epochs=20, patience=2)
+    assert trainer.train()['epoch'] == 3
+    assert newest_checkpoint(trainer.folder)['counts']['stale_epochs'] == 2
+
+
+def test_dry_run(make, tmp_path, capsys):
+    assert make(dry_run=True).train() is None
+    assert 'trajectories per epoch' in capsys.readouterr().out and not (tmp_path/'run').exists()
+
+
+def test_diversity():
+    apart = torch.zeros(2, 1, 1, 2, 2)
+    apart[1] = 3
+    assert pair_diversity(['x'], apart) == pytest.approx(3)
+    assert pair_diversity(['x', 'y'], torch.zeros(1, 2, 1, 2, 2)) is None
+
+
+# --- callbacks
+
+def test_evaluation_compares_with_the_policy_before_training(make, tmp_path, monkeypatch):
+    monkeypatch.setattr('sdpo_nb.trainer.step_generalization', partial(step_generalization, steps=(1, 3)))
+    settings = dict(eval_samples=5, learning_rate=1e-2)
+    watcher = EvaluationCallback()
+    make(**settings, callbacks=[watcher]).train()
+    result = read_json(tmp_path/'run/evaluation.json')
+    assert result['before']['mean'] != result['after']['mean']
+    # after a resume the policy has learnt already, and still "before" is the policy without LoRA
+    (tmp_path/'run/evaluation_before.pt').unlink()
+    later = EvaluationCallback()
+    make(**settings, resume=str(tmp_path/'run'), callbacks=[later]).train()
+    assert all(torch.equal(later.before[own].rewards, watcher.before[own].rewards) for own in (False, True))
+
+
+def test_default_callbacks():
+    assert [type(callback) for callback in default_callbacks()] == [ProgressCallback, EvaluationCallback, ReportCallback]
+
+
+def test_a_finished_run_is_a_folder(make, tmp_path):
+    make(eval_samples=2, callbacks=[EvaluationCallback(), ReportCallback()]).train()
+    run = tmp_path/'run'
+    assert {'README.md', 'checkpoints', 'config.json', 'evaluation.json', 'lora', 'metrics.jsonl', 'pictures', 'report.html'} <= {path.name for path in run.iterdir()}
+    result = read_json(run/'evaluation.json')
+    assert result['steps'] == [1, 2, 4, 8, 16, 50] and result['n'] == 2 and result['reward'] == 'redness'
+    assert result['own_scheduler']['steps'] == result['steps'] and set(result['gain']) == {'mean', 'se'}
+    assert {path.stem for path in (run/'pictures').iterdir()} == {'step_grid', 'step_grid_own', 'film_strip', 'similarity_map', 'reward_map', 'advantage_map',
+                                                                  'anchor_histogram'}
+    assert 'Not available' not in (run/'report.html').read_text() and 'load_lora_weights' in (run/'README.md').read_text()
+
+
+@pytest.mark.parametrize('settings', [dict(recipe='ddpo'), dict(num_steps=2, queries='terminal')], ids=str)
+def test_reports_of_other_recipes(make, tmp_path, settings):
+    make(**settings, callbacks=[EvaluationCallback(), ReportCallback()]).train()
+    pictures = {path.stem for path in (tmp_path/'run/pictures').iterdir()}
+    assert {'film_strip', 'advantage_map'} <= pictures and 'step_grid' not in pictures
+
+
+# --- several processes
+
+def test_two_processes_learn_what_one_does(make, pipeline, tmp_path):
+    "One update of the whole epoch: then the order does not matter, and the gradient is the mean over processes"
+    settings = dict(num_steps=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, normalizer='step')
+    alone = make(**settings, output_dir=str(tmp_path/'alone'))
+    alone.train()
+    program = tmp_path/'two.py'
+    program.write_text(textwrap.dedent(f'''
+        import sys; sys.path.insert(0, {str(TESTS)!r})
+        from test_trainer import *
+        config = TrainConfig(eval_samples=0, buffer_size=8, min_count=4, output_dir={str(tmp_path/'two')!r}, **{settings!r})
+        trainer = Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])
+        assert trainer.accelerator.num_processes == 2
+        trainer.train()
+        torch.save(trainer.policy.lora_state(), {str(tmp_path)!r} + f'/lora{{trainer.accelerator.process_index}}.pt')'''))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path/f'lora{index}.pt') for index in range(2))
+    expected = alone.policy.lora_state()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # AdamW divides by the size of the gradient, so rounding shows where it is tiny: compare with what was learnt in all
+    moved = max((expected[name] - start).abs().max().item() for name, start in make(**settings).policy.lora_state().items())
+    assert max((first[name] - expected[name]).abs().max().item() for name in first) < .05*moved
+    one, two = (without_clock(read_jsonl(tmp_path/name/'metrics.jsonl')) for name in ('alone', 'two'))
+    for name in ('samples', 'reward_queries', 'optimizer_steps'): assert [record[name] for record in one] == [record[name] for record in two]
+    for name in ('reward/mean', 'loss'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
+    assert len(newest_checkpoint(tmp_path/'two')['random']) == 2
