@@ -33,7 +33,7 @@ class Recipe:
 recipes = {
     "sdpo": Recipe(train_last_step=False, log_ratio_scale="per_step"),
     "sdpo_gain": Recipe(credit="gain", train_last_step=False, log_ratio_scale="per_step"),
-    "sdpo_reference": Recipe(anchor="all", prev_timestep="reference"),
+    "sdpo_reference": Recipe(anchor="all", prev_timestep="reference", clip_range=1e-4),
     "ddpo": Recipe(sampling="single", queries="final", credit="causal", gamma=1., normalizer="prompt", order="step_accumulated", step_weight=1.,
                    loss="ppo_clip"),
     "d3po": Recipe(queries="final", credit="causal", gamma=1., normalizer="none", order="step_accumulated", step_weight=1.,
