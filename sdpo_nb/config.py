@@ -27,14 +27,14 @@ class TrainConfig:
     "Everything that shapes a run. A field left at None takes the value of the recipe."
     policy: str = "tiny"               # "tiny", a Hugging Face id or a local diffusers folder
     recipe: str = "sdpo"               # the method: a name in `sdpo_nb.recipes.recipes`
-    reward: str = "0.5*shapes_aesthetic+0.5*shapes_alignment"  # a reward, or a weighted mixture such as "0.5*a+0.5*b"
+    reward: str = "0.3*shapes_aesthetic+0.7*shapes_alignment"  # a reward, or a weighted mixture such as "0.5*a+0.5*b"
     prompts: str = "shapes"            # a built-in list ("shapes", "animals") or a text file with one prompt a line
     num_steps: int = 10                # T, denoising steps while training
     epochs: int = 30                   # rounds of sampling and updating
-    pairs_per_epoch: int = 32          # pairs sampled in each round (an unpaired recipe draws twice as many trajectories)
+    pairs_per_epoch: int = 16          # pairs sampled in each round (an unpaired recipe draws twice as many trajectories)
     pairs_per_update: int = 16         # pairs behind each optimiser step, over all processes
     micro_batch: int = 16              # pairs in one forward pass on one process; smaller saves memory, the result stays the same
-    learning_rate: float = 3e-3        # of AdamW
+    learning_rate: float = 5e-4        # of AdamW
     weight_decay: float = 1e-4         # of AdamW
     max_grad_norm: float = 1.0         # gradients are scaled down to this norm
     clip_range: float = None           # how far a log-ratio may move before the clipped branch takes over; 0 for no clipping
