@@ -249,7 +249,7 @@ def check_reward(
 ):
     "Raise `ValueError` for a reward that does not exist, without loading it"
     from sdpo_nb.rewards import parse_mixture, rewards, unknown_reward
-    for name in parse_mixture(reward):
+    for name in parse_mixture(reward) or [reward]:
         if name not in rewards: raise unknown_reward(name)
 
 # %% ../nbs/22_cli.ipynb #cbe21ae7

@@ -6,7 +6,8 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/config.html.md"""
 
 # %% auto #0
 __all__ = ['animals', 'balanced', 'prompt_lists', 'ranges', 'field_types', 'presets', 'TrainConfig', 'load_prompts', 'choose',
-           'check_range', 'resolve', 'queries_per_epoch', 'batch_plan', 'preset_config']
+           'check_range', 'largest_divisor', 'fill_batches', 'resolve', 'queries_per_epoch', 'batch_plan',
+           'preset_config']
 
 # %% ../nbs/21_config.ipynb #64a1532b
 import difflib
@@ -32,8 +33,8 @@ class TrainConfig:
     num_steps: int = 10                # T, denoising steps while training
     epochs: int = 30                   # rounds of sampling and updating
     pairs_per_epoch: int = 16          # pairs sampled in each round (an unpaired recipe draws twice as many trajectories)
-    pairs_per_update: int = 16         # pairs behind each optimiser step, over all processes
-    micro_batch: int = 16              # pairs in one forward pass on one process; smaller saves memory, the result stays the same
+    pairs_per_update: int = None       # pairs behind each optimiser step, over all processes; None: as many as divide the epoch, up to 16
+    micro_batch: int = None            # pairs in one forward pass on one process; smaller saves memory; None: as many as divide the update, up to 16
     learning_rate: float = 5e-4        # of AdamW
     weight_decay: float = 1e-4         # of AdamW
     max_grad_norm: float = 1.0         # gradients are scaled down to this norm
@@ -159,6 +160,23 @@ def _check_loss(config):
         raise ValueError(f"clip_range is {config.clip_range}, but the loss 'preference' clips probability ratios, which cannot fall by 1 or more; use 0.1.")
 
 # %% ../nbs/21_config.ipynb #16a6f8b8
+def largest_divisor(
+    number: int,   # a size
+    most: int=16,  # the largest answer allowed
+) -> int:
+    "The largest number up to `most` that divides `number`"
+    return max(n for n in range(1, most+1) if number % n == 0)
+
+def fill_batches(
+    config,  # a `TrainConfig`
+):           # with `pairs_per_update` and `micro_batch`
+    "What was left open follows from the size above it"
+    for field, above in (("pairs_per_update", "pairs_per_epoch"), ("micro_batch", "pairs_per_update")):
+        check_range(above, getattr(config, above))
+        if getattr(config, field) is None: config = replace(config, **{field: largest_divisor(getattr(config, above))})
+    return config
+
+# %% ../nbs/21_config.ipynb #738809d0
 def resolve(
     config: TrainConfig,  # with None where the recipe decides
 ) -> TrainConfig:         # without
@@ -167,6 +185,7 @@ def resolve(
     shared = {f.name for f in fields(Recipe)} & {f.name for f in fields(TrainConfig)}
     config = replace(config, **{name: getattr(recipe, name) for name in shared if getattr(config, name) is None})
     if config.lora_alpha is None: config = replace(config, lora_alpha=float(config.lora_rank))
+    config = fill_batches(config)
     config = replace(config, queries=choose("queries", str(config.queries), ("final", "terminal", "3", "5", "all")))
     for field in ranges: check_range(field, getattr(config, field))
     for field, options in dict(credit=("paper", "causal", "gain"), anchor=("interior", "all", "random"), normalizer=normalizers, order=schedules,

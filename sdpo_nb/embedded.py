@@ -401,6 +401,8 @@ def export_embedded(
     folder = Path(folder)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder): part.half()
     pipeline.save_pretrained(folder/"tiny", safe_serialization=True)
+    config = folder/"tiny"/"text_encoder"/"config.json"  # it would make stock diffusers load this part alone in half precision
+    write_json(config, {**read_json(config), "dtype": "float32"})
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder): part.float()
     for name, network in networks.items(): save_half(network, folder/"networks"/f"{name}.safetensors")
 

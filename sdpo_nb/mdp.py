@@ -128,7 +128,8 @@ def transition(
 ) -> tuple:                          # (μ `[B,...]`, σ as it came)
     "Mean and standard deviation of the policy (equation 12 of arXiv 2010.02502)"
     _, after, std = coefficients
-    return after**.5*pred_x0 + (1 - after - std**2)**.5*epsilon, std
+    direction = (1 - after - std**2).clamp(min=0)**.5   # from pure noise it is 0, and rounding must not make it NaN
+    return after**.5*pred_x0 + direction*epsilon, std
 
 # %% ../nbs/03_mdp.ipynb #5f5647e7
 def gaussian_log_prob(

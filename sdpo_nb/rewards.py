@@ -196,7 +196,7 @@ def get_reward(
 ) -> Reward:
     "The reward that is meant. Raises `ValueError` for unknown names, unreadable mixtures and options that do not fit."
     if isinstance(reward, str) and reward in rewards: return build_reward(rewards[reward], reward, options)
-    if isinstance(reward, str) and not set(reward) & set("+*"): raise unknown_reward(reward)
+    if isinstance(reward, str) and reward[:1] != "-" and not set(reward) & set("+*"): raise unknown_reward(reward)
     if not isinstance(reward, (str, Mapping)): return build_reward(reward, reward_name(reward), options)
     if options: raise ValueError(f"the mixture {reward!r} was given the options {sorted(options)}: options belong to single rewards; register a variant.")
     return MixedReward(parse_mixture(reward) if isinstance(reward, str) else reward)

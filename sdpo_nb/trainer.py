@@ -27,7 +27,7 @@ from .advantages import normalizers
 from .config import TrainConfig, batch_plan, load_prompts, prompt_lists, resolve
 from .dense import action_returns, query_indices, select_anchor, spread_rewards, step_similarities
 from .evaluate import StepEvaluation, compare, step_generalization
-from .files import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from .files import append_jsonl, atomic_write, read_json, read_jsonl, to_plain, write_json, write_jsonl
 from .mdp import (ddim_step, few_step_timesteps, has_density, hash_seed, log_ratio_scales, make_ddim, output_sensitivity, pair_noise,
                          sample_trajectories, step_coefficients)
 from .models import Policy, precisions
@@ -77,7 +77,8 @@ class Trainer:
     ):
         self.policy, self.reward, self.prompts = policy, get_reward(reward), load_prompts(prompts)
         named = next((name for name, known in prompt_lists.items() if list(known) == self.prompts), self.prompts)
-        self.config = replace(resolve(config or TrainConfig()), policy=policy.name, reward=self.reward.name, prompts=named)
+        config = replace(resolve(config or TrainConfig()), policy=policy.name, reward=self.reward.name, prompts=named)
+        self.config = TrainConfig(**to_plain(asdict(config)))  # a checkpoint could not be read back with paths or numpy numbers in it
         self.callbacks = default_callbacks() if callbacks is None else list(callbacks)
         self.folder = Path(self.config.resume or self.config.output_dir)
         self.counts = dict(epoch=0, samples=0, reward_queries=0, optimizer_steps=0, skipped_updates=0, skipped_in_a_row=0,
@@ -366,8 +367,8 @@ def note_gradient(
     counts["skipped_in_a_row"] = 0 if finite else counts["skipped_in_a_row"]+1
     if not finite: counts["loss_scale"] = max(1., counts["loss_scale"]/2)
     if counts["skipped_in_a_row"] >= most_skipped:
-        raise RuntimeError(f"The gradient was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these updates were dropped and the "
-                                 f"weights are intact. Lower learning_rate, or use precision='fp32', and go on with resume={str(self.folder)!r}.")
+        raise RuntimeError(f"The gradient was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these updates were dropped. "
+                           "Start a new run with a lower learning_rate, or with precision='fp32'.")
 
 # %% ../nbs/10_trainer.ipynb #e8b632e7
 @patch

@@ -69,6 +69,7 @@ def sentence(capfd):
     ('tiny --eta 0', 2, ['eta is 0']),
     ('tiny --divide_by_std=maybe', 2, ['divide_by_std', "'maybe'", 'true or false']),
     ('tiny --dry_run maybe', 2, ['maybe']),
+    ('tiny --reward= --dry_run', 2, ["reward ''"]),
     ('tiny --queries 4', 2, ['queries', "'4'", 'terminal']),
     ('tiny --recipe sdpp', 2, ['recipe', "'sdpp'", "'sdpo'"]),
     ('tiny --normalizer stepprompt', 2, ['normalizer', "'step_prompt'"]),
@@ -195,7 +196,7 @@ def test_every_field_is_a_flag_with_an_explanation(capfd):
     with pytest.raises(SystemExit) as stop: train_command(['--help'])
     page = capfd.readouterr().out
     assert not stop.value.code and all(f'--{field.name} ' in page for field in fields(TrainConfig))
-    assert 'λ of the paper' in page and 'default: 0.003' in page
+    assert 'λ of the paper' in page and f'default: {TrainConfig.learning_rate}' in page
 
 
 @pytest.mark.parametrize('command', [train_command, eval_command, sample_command])

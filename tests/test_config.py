@@ -64,7 +64,7 @@ refusals = [
     (dict(gamma=1.5), 'gamma is 1.5'),
     (dict(train_last_step='no'), "train_last_step is 'no'; give True or False"),
     (dict(eta=0.), 'eta is 0: deterministic steps'),
-    (dict(pairs_per_epoch=30), 'pairs_per_update is 16, which does not divide pairs_per_epoch 30'),
+    (dict(pairs_per_epoch=30, pairs_per_update=16), 'pairs_per_update is 16, which does not divide pairs_per_epoch 30'),
     (dict(micro_batch=5), 'micro_batch is 5, which does not divide pairs_per_update 16'),
     (dict(min_count=33), 'min_count is 33, more than buffer_size 32'),
     (dict(num_steps=1), "num_steps is 1 with credit='paper', whose expected signal is zero"),
@@ -108,7 +108,7 @@ def test_batch_plan():
     assert plan['trajectories per epoch'] == 64 and plan['trajectories in total'] == 192
     assert plan['trained steps per trajectory'] == 9 and plan['optimizer steps per epoch'] == 2*9
     assert plan['forward passes per optimizer step and process'] == 2
-    accumulated = batch_plan(TrainConfig(order='step_accumulated', micro_batch=8), processes=2)
+    accumulated = batch_plan(TrainConfig(num_steps=10, pairs_per_epoch=32, pairs_per_update=16, micro_batch=8, order='step_accumulated'), processes=2)
     assert accumulated['optimizer steps per epoch'] == 2 and accumulated['forward passes per optimizer step and process'] == 9
 
 
@@ -117,4 +117,4 @@ def test_batch_plan():
     (dict(credit='causal'), 5), (dict(credit='causal', train_last_step=True), 7), (dict(recipe='ddpo'), 2), (dict(num_steps=2), 3),
     (dict(num_steps=1, credit='causal', train_last_step=True, queries='terminal'), 3)])
 def test_queries(settings, per_pair):
-    assert queries_per_epoch(resolve(TrainConfig(**settings))) == 32*per_pair
+    assert queries_per_epoch(resolve(TrainConfig(**{'num_steps': 10, 'pairs_per_epoch': 32, **settings}))) == 32*per_pair

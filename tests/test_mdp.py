@@ -165,6 +165,14 @@ def test_a_step_without_density_says_so_and_poisons_no_gradient():
     assert output.grad.isfinite().all() and (output.grad[3] == 0).all() and (output.grad[:3] != 0).any()
 
 
+@pytest.mark.parametrize("num_steps", [1, 3, 6, 7, 16, 50])
+def test_steps_from_pure_noise_are_finite(num_steps):
+    "ᾱ is 0 at the first timestep, where 1-ᾱ'-σ² is 0 but for rounding, which may take it below"
+    scheduler = scheduler_for(num_steps, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    step = ddim_step(scheduler, randn(2, 4, 8, 8), 999, randn(2, 4, 8, 8, seed=1), noise=randn(2, 4, 8, 8, seed=2))
+    assert all(value.isfinite().all() for value in step)
+
+
 @pytest.mark.parametrize("prediction_type,expected", [("epsilon", (1.45, 1.33, 11.7)), ("v_prediction", (.10, 1.16, 11.0))])
 def test_log_ratio_scales_equalise_sensitivity(prediction_type, expected):
     scheduler = scheduler_for(10, prediction_type=prediction_type)

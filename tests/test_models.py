@@ -420,3 +420,10 @@ def test_hub_failures_are_told_apart(monkeypatch, failure, message):
     monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", unreachable)
     with pytest.raises(OSError, match=f"Could not load 'someone/model': .*{message}") as caught: load_policy("someone/model")
     assert "\n" not in str(caught.value)
+
+
+def test_stock_diffusers_draws_with_the_embedded_pipeline_as_it_lies():
+    "Without any argument about precision: transformers goes by the dtype of the text encoder's config, diffusers by float32"
+    stock = StableDiffusionPipeline.from_pretrained(models.policy_folder("tiny"), safety_checker=None, requires_safety_checker=False)
+    assert stock.text_encoder.dtype == stock.unet.dtype == stock.vae.dtype == torch.float32
+    assert stock("a red circle", num_inference_steps=2, guidance_scale=0.).images[0].size == (32, 32)

@@ -182,3 +182,7 @@ def test_site_pages_can_be_made(tree):
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tree/'_proc').glob('*.ipynb')}
     assert made == {path.name for path in NOTEBOOKS}
+
+
+def test_readme_is_made_from_the_index():
+    assert subprocess.run([sys.executable, ROOT/'.ci'/'readme.py', '--check'], capture_output=True, text=True).returncode == 0

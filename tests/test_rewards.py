@@ -156,6 +156,7 @@ def test_callables_pass_through():
     assert get_reward(ready) is ready
     assert get_reward(warmth).name == "warmth"
     assert get_reward(lambda images, prompts: images.mean((1, 2, 3))).name == "lambda"
+    assert torch.equal(get_reward("-warmth")(noise(), list("abc")), -ready(noise(), list("abc")))
     assert get_reward(get_reward("jpeg_compressibility").function, quality=20)(noise(), list("abc")).max() < 0
 
 

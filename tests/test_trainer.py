@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_pipelines import random_stable_diffusion
@@ -275,7 +276,7 @@ def test_gradients_that_are_not_finite(make, monkeypatch):
     trainer.update(rollout, 0)
     made, weights = trainer.counts['optimizer_steps'], trainer.policy.lora_state()
     broken.append(True)
-    with pytest.raises(RuntimeError, match=f'infinite or NaN {most_skipped} times in a row.*resume='):
+    with pytest.raises(RuntimeError, match=f'infinite or NaN {most_skipped} times in a row.*lower learning_rate'):
         for _ in range(9): trainer.update(rollout, 1)
     assert trainer.counts['skipped_updates'] == most_skipped and trainer.counts['optimizer_steps'] == made
     assert all(torch.equal(value, weights[name]) for name, value in trainer.policy.lora_state().items())
@@ -304,6 +305,12 @@ def test_resume_is_exact(make, tmp_path):
     assert read_json(tmp_path/'run/config.json')['epochs'] == 4
     kept = sorted(path.name for path in (tmp_path/'run/checkpoints').iterdir())
     assert kept == ['epoch_000002.pt', 'epoch_000004.pt']
+
+
+def test_settings_may_be_paths_and_numpy_numbers(make, tmp_path):
+    "They must not make the checkpoint unreadable"
+    make(output_dir=tmp_path/'run', learning_rate=np.float64(1e-3)).train()
+    assert make(resume=tmp_path/'run', learning_rate=1e-3, epochs=2).train()['epoch'] == 2
 
 
 class Killed(Exception): pass
