@@ -335,10 +335,9 @@ class ShapesAlignment:
     def embed_captions(self, prompts) -> torch.Tensor: # `[B,64]`, of length 1, or 0 for an empty caption
         "Caption embeddings; the text encoder sees each distinct caption once in the life of this reward."
         prompts = [prompt.strip() for prompt in prompts]
-        if new := sorted(set(prompts) - set(self._captions)):
-            tokens = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            pooled = self.text_encoder(tokens).pooler_output
-            self._captions.update(zip(new, self.model.cpu().embed_text(pooled)))
+        for new in sorted(set(prompts) - set(self._captions)): # one by one: the last bits depend on the batch, and a resumed run meets other batches
+            tokens = self.tokenizer([new], padding="max_length", truncation=True, return_tensors="pt").input_ids
+            self._captions[new] = self.model.cpu().embed_text(self.text_encoder(tokens).pooler_output)[0]
         return torch.stack([self._captions[prompt] for prompt in prompts])
 
     def __call__(self, images, prompts):

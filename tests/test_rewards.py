@@ -314,3 +314,12 @@ def test_a_damaged_text_encoder_says_so(broken_assets):
 
 def test_unknown_networks_are_named():
     with pytest.raises(ValueError, match="network 'orakle' is not known: choose one of oracle"): load_network("orakle")
+
+
+def test_a_caption_scores_the_same_whatever_it_came_with():
+    "To the last bit, with the shipped networks: a resumed run meets its captions in other batches than an unbroken one"
+    from sdpo_nb.shapes import all_captions
+    captions = all_captions()
+    alone, together = get_reward('shapes_alignment'), get_reward('shapes_alignment')
+    one_by_one = torch.cat([alone.embed_captions([caption]) for caption in captions])
+    assert torch.equal(one_by_one, together.embed_captions(captions))

@@ -509,3 +509,18 @@ def test_two_processes_learn_what_one_does(make, pipeline, tmp_path):
     for name in ('samples', 'reward_queries', 'optimizer_steps'): assert [record[name] for record in one] == [record[name] for record in two]
     for name in ('reward/mean', 'loss'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
     assert len(newest_checkpoint(tmp_path/'two')['random']) == 2
+
+
+def test_resume_is_exact_with_the_shipped_model_and_rewards(tmp_path):
+    "A run of three epochs, and one that a fresh process would go on with after two: the rewards' own caches must not show"
+    from sdpo_nb.config import preset_config
+    from sdpo_nb.models import load_policy
+    def run(folder, **settings):
+        config = preset_config('tiny', num_steps=4, eval_samples=0, checkpoint_every=1, output_dir=str(folder), **settings)
+        trainer = Trainer(load_policy('tiny'), config.reward, config.prompts, config, callbacks=[])
+        trainer.train()
+        return trainer.policy.lora_state()
+    whole = run(tmp_path/'whole', epochs=3)
+    run(tmp_path/'parts', epochs=2)
+    resumed = run(tmp_path/'parts', epochs=3, resume=str(tmp_path/'parts'))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
