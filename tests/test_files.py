@@ -1,4 +1,5 @@
 """Files are whole or absent, JSON is valid everywhere, and errors are sentences."""
+import io
 import json
 import os
 import signal
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdpo_nb.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from sdpo_nb import files
+from sdpo_nb.files import append_jsonl, atomic_write, read_json, read_jsonl, read_results, write_json, write_jsonl
 
 
 def test_replaces_the_content_and_leaves_nothing_else(tmp_path):
@@ -105,3 +107,20 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 
 def test_an_empty_file_has_no_records(tmp_path):
     assert read_jsonl(write_jsonl(tmp_path/'metrics.jsonl', [])) == []
+
+
+def test_results_come_from_the_checkout_or_from_the_repository(tmp_path, monkeypatch):
+    asked = []
+    def answer(address, timeout): asked.append(address); return io.BytesIO(b'{"seed": 2}\n')
+    monkeypatch.setattr(files, 'urlopen', answer)
+    monkeypatch.setattr(files, 'results_folder', tmp_path)
+    append_jsonl(tmp_path/'a'/'b.jsonl', {'seed': 1})
+    assert read_results('a/b.jsonl') == [{'seed': 1}] and not asked
+    assert read_results('a/c.jsonl') == [{'seed': 2}] and asked == [f'{files.results_address}/a/c.jsonl']
+
+
+def test_missing_results_are_named(tmp_path, monkeypatch):
+    def no_network(address, timeout): raise OSError('no network')
+    monkeypatch.setattr(files, 'urlopen', no_network)
+    monkeypatch.setattr(files, 'results_folder', tmp_path)
+    with pytest.raises(FileNotFoundError, match="no results 'a.jsonl'.*no network"): read_results('a.jsonl')
