@@ -6,7 +6,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/advantages.html.md"""
 
 # %% auto #0
 __all__ = ['normalizers', 'discounted_returns', 'moments', 'check_returns', 'StepPromptNormalizer', 'rows_by_prompt',
-           'PromptNormalizer', 'StepNormalizer', 'BatchNormalizer', 'NoNormalizer']
+           'PromptNormalizer', 'StepNormalizer', 'BatchNormalizer', 'NoNormalizer', 'variance_parts']
 
 # %% ../nbs/07_advantages.ipynb #e0050c30
 from collections import defaultdict
@@ -162,3 +162,18 @@ normalizers = {  # name -> class; each is built by (buffer_size, min_count, divi
     "batch": BatchNormalizer,
     "none": NoNormalizer,
 }
+
+# %% ../nbs/07_advantages.ipynb #dfd4a321
+def variance_parts(
+    values: torch.Tensor,  # returns or advantages `[B,T]`
+    prompts: Sequence[str],  # B, one per row
+) -> dict[str, float]:  # four parts, which add up to the population variance of all values
+    "Variance between steps, between prompts, between their combinations beyond that, and among equals; ValueError for a wrong shape."
+    check_returns(prompts, values, None)
+    values = values.detach().to("cpu", torch.float64)
+    mean, step, cell = values.mean(), values.mean(0), torch.empty_like(values)
+    for rows in rows_by_prompt(prompts).values():
+        cell[rows] = values[rows].mean(0)
+    prompt = cell.mean(1, keepdim=True)
+    deviations = {"step": step - mean, "prompt": prompt - mean, "prompt × step": cell - prompt - step + mean, "among equals": values - cell}
+    return {name: deviation.square().mean().item() for name, deviation in deviations.items()}

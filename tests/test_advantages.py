@@ -1,4 +1,5 @@
 "Returns and advantages: parity with the reference vectors, a slow deque loop, exact resume."
+import importlib.util
 import io
 import json
 import random
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdpo_nb.advantages import StepPromptNormalizer, discounted_returns, normalizers
+from sdpo_nb.advantages import StepPromptNormalizer, discounted_returns, normalizers, variance_parts
+from sdpo_nb.files import read_jsonl
 
 VECTORS = Path(__file__).parent / "reference_vectors" / "sdpo_vectors.npz"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "advantage_variance.py"
 NAMES = ["cat", "dog", "fish", "bee", "ant"]
 
 
@@ -220,3 +223,93 @@ def test_another_number_of_steps_is_refused():
 def test_impossible_buffers_are_refused(settings):
     with pytest.raises(ValueError, match="1 <= min_count <= buffer_size"):
         StepPromptNormalizer(**settings)
+
+
+def test_variance_parts_by_hand():
+    table = torch.tensor([[10.0, 4.0], [4.0, 2.0], [12.0, 6.0], [6.0, 4.0]])
+    parts = variance_parts(table, ["cat", "dog", "cat", "dog"])
+    assert parts == {"step": 4.0, "prompt": 4.0, "prompt × step": 1.0, "among equals": 1.0}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_variance_parts_add_up(rows):
+    prompts, returns = next(epochs(1, rows=rows, seed=rows))
+    parts = variance_parts(returns, prompts)
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(returns.double().var(correction=0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, removed",
+    [("step", ["step"]), ("prompt", ["prompt"]), ("step_prompt", ["step", "prompt", "prompt × step"]), ("batch", []), ("none", [])],
+)
+def test_each_normalizer_removes_its_part_of_the_variance(name, removed):
+    prompts, noise = next(epochs(1, rows=200))
+    level = torch.tensor([float(NAMES.index(prompt)) for prompt in prompts])[:, None]
+    returns = noise + (10 + 5 * level) * torch.arange(7, 0, -1)
+    parts = variance_parts(normalizers[name](buffer_size=200).update(prompts, returns.double()), prompts)
+    assert {part for part, value in parts.items() if value < 1e-9} == set(removed)
+
+
+@pytest.mark.parametrize("prompts, returns", [(["cat"], torch.ones(2, 3)), (["cat"], torch.ones(1)), (["cat"], torch.tensor([[float("nan")]]))])
+def test_variance_parts_refuse_bad_values(prompts, returns):
+    with pytest.raises(ValueError, match="returns (has shape|of row)"):
+        variance_parts(returns, prompts)
+
+
+@pytest.mark.parametrize("name", [name for name in normalizers if name != "none"])
+def test_the_mean_cancels_in_pairs(name):
+    prompts, returns = next(epochs(1, rows=24))
+    returns = returns.double()
+    advantages = normalizers[name](divide_by_std=False).update(prompts * 2, torch.cat([returns, returns.flip(1)]))
+    torch.testing.assert_close(advantages[:24] - advantages[24:], returns - returns.flip(1), rtol=0, atol=1e-9)
+
+
+def test_an_offset_of_prompt_and_step_is_not_seen():
+    prompts, returns = next(epochs(1, rows=60))
+    offset = torch.stack([100.0 * NAMES.index(prompt) + torch.arange(7.0) for prompt in prompts]).double()
+    plain, shifted = (StepPromptNormalizer(min_count=1, buffer_size=60).update(prompts, values) for values in (returns.double(), returns.double() + offset))
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [16, 32])
+def test_no_advantage_exceeds_the_root_of_n_minus_one(count):
+    returns = torch.zeros(count, 1, dtype=torch.float64)
+    returns[0] = 1e6
+    advantages = StepPromptNormalizer(buffer_size=count).update(["cat"] * count, returns)
+    assert advantages.max().item() == pytest.approx((count - 1) ** 0.5, rel=1e-6)
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    "The script of the experiment, writing elsewhere and in small"
+    spec = importlib.util.spec_from_file_location("advantage_variance", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "results", tmp_path / "variance.jsonl")
+    monkeypatch.setattr(script, "rewards", ("warmth",))
+    for name, value in (("epochs", 2), ("first", slice(0, 1)), ("settled", slice(0, 2))):
+        monkeypatch.setattr(script, name, value)
+    return script
+
+
+def test_the_experiment_runs_and_resumes(benchmark, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["advantage_variance.py", "--seeds", "3"])
+    benchmark.main()
+    (line,) = read_jsonl(benchmark.results)
+    assert (line["reward"], line["seed"], line["samples"]) == ("warmth", 3, 64)
+    for name, found in line["normalizers"].items():
+        assert set(found) == {"first", "settled", "beyond_clip", "mean", "difference"}, name
+    monkeypatch.setattr(benchmark, "collect", None)  # nothing is sampled twice
+    benchmark.main()
+    assert read_jsonl(benchmark.results) == [line]
+
+
+def test_committed_results_are_complete():
+    lines = read_jsonl(SCRIPT.parent / "results" / "experiments" / "advantage_variance.jsonl")
+    assert len({line["reward"] for line in lines}) >= 2 and len({line["seed"] for line in lines}) >= 5
+    assert len({(line["reward"], line["seed"]) for line in lines}) == len(lines) == len({line["reward"] for line in lines}) * len({line["seed"] for line in lines})
+    for line in lines:
+        assert {"recipe", "config", "versions", "machine", "seconds"} <= set(line) and set(line["normalizers"]) == set(normalizers)
+        for found in line["normalizers"].values():
+            assert np.shape(found["mean"]) == np.shape(found["difference"]) == (len(line["prompts"]), line["config"]["num_steps"])

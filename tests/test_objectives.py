@@ -317,6 +317,17 @@ def test_at_the_working_point_the_loss_is_a_paired_policy_gradient():
     torch.testing.assert_close(gradient[1, within], -formula[within], rtol=1e-3, atol=0)
 
 
+def test_weight_scales_the_first_step_and_divides_the_last():
+    "A factor of the gradient at the working point, a price where the square is solved."
+    weight = torch.tensor([0.4, 0.8, 1.6], dtype=torch.float64)
+    old, advantages = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([[1.0] * 3, [0.0] * 3], dtype=torch.float64)
+    _, gradient = value_and_gradient(reward_difference_loss, old, old, advantages, weight)
+    torch.testing.assert_close(gradient[0], -2 * weight / 3, rtol=0, atol=1e-12)
+    solved = torch.stack([0.5 / weight, -0.5 / weight])
+    value, gradient = value_and_gradient(reward_difference_loss, solved, old, advantages, weight, clip_range=0)
+    assert value == pytest.approx(0, abs=1e-20) and gradient.abs().max() < 1e-12
+
+
 def test_clip_fraction_counts_both_sides():
     moved = torch.tensor([[0.3, -0.3, 0.1, -0.1]])
     assert clip_fraction(moved, torch.zeros(1, 4), 0.2).item() == 0.5
