@@ -1,4 +1,4 @@
-"""One denoising step with its log-probability, and the two faces of every state: the noisy sample and the clean picture it promises.
+"""How a sampler learns from a reward without a formula: denoising as a game of T moves, each with a probability that can be differentiated.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/mdp.html.md"""
 

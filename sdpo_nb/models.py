@@ -1,4 +1,4 @@
-"""Any diffusers pipeline as a policy: load it, ask it for one step, train a few of its weights, and hand the result back.
+"""What one call of the network predicts, why 1, 4 and 50 steps paint different pictures, and a diffusers pipeline wrapped as a policy.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/models.html.md"""
 
@@ -6,9 +6,10 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/models.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_policies', 'policy_classes', 'precisions', 'Policy', 'policy_folder', 'check_weight_files', 'loading_error',
-           'quiet_loading', 'explained_failure', 'load_policy', 'PromptEmbedding', 'seeded_noise']
+           'quiet_loading', 'explained_failure', 'load_policy', 'PromptEmbedding', 'seeded_noise', 'sort_header']
 
 # %% ../nbs/02_models.ipynb #3f404574
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from .mdp import make_ddim, sample_trajectories
 
-# %% ../nbs/02_models.ipynb #a630db6b
+# %% ../nbs/02_models.ipynb #8062d6c6
 class Policy:
     "A text-to-image pipeline as a policy: the state is (prompt, timestep, noisy latent), the output a denoising prediction."
     def __init__(self,
@@ -47,10 +48,10 @@ class Policy:
     def __repr__(self): return f"Policy({self.name!r}, latents {self.latent_shape}, {self.dtype}, {self.device})"
 
     @property
-    def device(self): return self.unet.device
+    def device(self): return next(self.unet.parameters()).device  # now, and cheaply: `unet.device` walks every module
 
     @property
-    def dtype(self): return self.vae.dtype  # the LoRA weights inside the UNet may be wider than its own
+    def dtype(self): return next(self.vae.parameters()).dtype  # the LoRA weights inside the UNet may be wider than its own
 
     @property
     def own_scheduler(self): return self.pipeline.scheduler
@@ -363,6 +364,19 @@ def load_lora_state(self: Policy,
     for name, parameter in parameters.items(): parameter.copy_(state[name])
 
 # %% ../nbs/02_models.ipynb #2ca847d8
+def sort_header(
+    file: Path, # a safetensors file, changed in place
+):
+    "List the notes in the header of a safetensors file by name, so that equal contents are equal bytes."
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight bytes
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+# %% ../nbs/02_models.ipynb #ecb60d70
 @patch
 def save_lora(self: Policy,
     folder: str | os.PathLike, # created where missing; an earlier LoRA in it is replaced
@@ -371,10 +385,11 @@ def save_lora(self: Policy,
     if not self.has_lora: raise ValueError(f"{self.name!r} has no LoRA to save: call add_lora first.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in self.unet.peft_config["default"].to_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        type(self.pipeline).save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(self.unet),
-                                              unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict())
+        type(self.pipeline).save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(self.unet), unet_lora_adapter_metadata=config)
         (file,) = Path(unfinished).iterdir()
+        sort_header(file)
         return file.replace(folder / file.name)
 
 # %% ../nbs/02_models.ipynb #0cdc236e

@@ -1,4 +1,5 @@
 "Pipelines as policies: the same pictures as stock diffusers, LoRAs that survive the trip, and failures that say what to do."
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from random_pipelines import random_stable_diffusion
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sdpo_nb import models
-from sdpo_nb.models import PromptEmbedding, load_policy
+from sdpo_nb.models import PromptEmbedding, load_policy, sort_header
 
 STEP_COUNTS = [1, 2, 4, 8, 16, 50]
 PROMPTS = ["a red circle", "a blue cat", "a red circle"]
@@ -323,6 +326,45 @@ def test_an_interrupted_save_leaves_the_earlier_file(policy, tmp_path, monkeypat
     assert os.listdir(tmp_path) == [file.name] and file.read_bytes() == before
 
 
+class Upwards(set):
+    "A set in one of the orders that a set of strings may have in another process"
+    def __iter__(self): return iter(sorted(set.__iter__(self)))
+
+
+class Downwards(set):
+    "The same in the opposite order"
+    def __iter__(self): return iter(sorted(set.__iter__(self), reverse=True))
+
+
+def test_equal_runs_save_equal_bytes(epsilon_folder, tmp_path):
+    written = []
+    for order in (Upwards, Downwards):
+        policy = nudged(load_policy(epsilon_folder, device="cpu").add_lora())
+        policy.unet.peft_config["default"].target_modules = order(policy.unet.peft_config["default"].target_modules)
+        written += [policy.save_lora(tmp_path / order.__name__).read_bytes() for _ in range(4)]   # a header's own order differs from one save to the next
+    assert len(set(written)) == 1
+
+
+def test_the_saved_configuration_is_sorted(policy, tmp_path):
+    file = policy.add_lora(targets=("to_v", "to_k", "to_q")).save_lora(tmp_path)
+    with safe_open(file, "pt") as opened: notes = opened.metadata()
+    assert json.loads(notes["lora_adapter_metadata"])["unet.target_modules"] == ["to_k", "to_q", "to_v"]
+    header = json.loads(file.read_bytes()[8:8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    assert list(header["__metadata__"]) == ["format", "lora_adapter_metadata"]
+
+
+@pytest.mark.parametrize("notes", [None, {"b": "ü€ \"quoted\" \n", "a": "1", "c": "\u2028"}])
+def test_sorting_a_header_keeps_everything(tmp_path, notes):
+    tensors, file = {"x": torch.randn(3, 5), "half": torch.randn(7).half()}, tmp_path / "any.safetensors"
+    save_file(tensors, file, metadata=notes)
+    sort_header(file)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(file).items()) and len(load_file(file)) == 2
+    with safe_open(file, "pt") as opened: assert (opened.metadata() or None) == notes
+    once = file.read_bytes()
+    sort_header(file)
+    assert file.read_bytes() == once and int.from_bytes(once[:8], "little") % 8 == 0
+
+
 def test_lora_misuse(policy, tmp_path):
     with pytest.raises(ValueError, match="call add_lora first"): policy.save_lora(tmp_path)
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"): policy.add_lora(rank=0)
@@ -341,6 +383,23 @@ def test_everything_is_frozen_quiet_and_on_the_device_asked_for(policy):
         assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
     assert policy.device.type == "cpu" and policy.latent_shape == (4, 8, 8) and policy.trainable_parameters() == {}
     assert policy.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_device_and_dtype_follow_the_weights_and_cost_next_to_nothing(policy, monkeypatch):
+    policy.add_lora()
+    policy.pipeline.to(dtype=torch.bfloat16)
+    policy.unet.to("meta")   # a device that every machine has
+    assert (policy.device.type, policy.dtype) == ("meta", torch.bfloat16)
+    visited, walk = [], torch.nn.Module.named_modules
+
+    def counted(module, *arguments, **options):
+        for found in walk(module, *arguments, **options):
+            visited.append(found)
+            yield found
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    assert policy.device.type == "meta" and policy.dtype == torch.bfloat16
+    assert len(visited) < 20 < len(list(walk(policy.unet)))   # `predict` asks for both at every call
 
 
 def test_loading_restores_the_verbosity_of_the_libraries(epsilon_folder):
