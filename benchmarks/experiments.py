@@ -1,0 +1,349 @@
+"""Train the embedded model under many settings, one process per core, and keep every run's numbers.
+
+    python benchmarks/experiments.py                        # every group below, in this order
+    python benchmarks/experiments.py order main --workers 4 --seeds 1 2 3
+    python benchmarks/experiments.py --check                # fails if a run is missing
+
+Each group is a file benchmarks/results/experiments/GROUP.jsonl with one line a run. A run that is there already is not
+repeated, in whichever group it was made, so an interrupted call goes on where it stopped. A run takes about 90 s on a core.
+The groups: search (learning rate and clip of each method, on seeds of its own), order and normalizers (chapters 9 and 7),
+main (methods x seeds x rewards), factors (order of updates against treatment of steps), ablations, steps and queries.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import sdpo_nb
+import torch
+
+from sdpo_nb.config import TrainConfig, prompt_lists, resolve
+from sdpo_nb.evaluate import coverage, step_generalization
+from sdpo_nb.files import append_jsonl, read_jsonl, read_json, write_json
+from sdpo_nb.models import load_policy
+from sdpo_nb.rewards import get_reward, load_network
+from sdpo_nb.shapes import all_captions
+from sdpo_nb.trainer import Callback, Trainer, versions
+
+assets = Path(sdpo_nb.__file__).parent / "assets"
+results = Path(__file__).parent / "results" / "experiments"
+quality, alignment = "shapes_aesthetic", "shapes_alignment"
+watched = (quality, alignment, "jpeg_compressibility")
+epochs, curve_epochs = 16, (2, 4, 8)
+curve_steps, all_steps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 50)
+search_epochs, search_steps, search_seed = 8, (1, 4, 16), 201
+evaluation_seed, pairs = 1000, 48
+unseen = [c for c in all_captions() if c not in prompt_lists["shapes"]][::7][:24]
+open_prompts = ("", "a circle", "a square", "a star")
+
+# What SDPO does about the steps of a trajectory, which can be given to any other method as well.
+even_steps = dict(train_last_step=False, log_ratio_scale="per_step")
+shuffled = dict(order="step_shuffled", **even_steps)
+
+
+@dataclass(frozen=True)
+class Method:
+    "An entry of the race: a recipe, what is changed in it, and the clips that the search may try"
+    recipe: str
+    changes: dict = field(default_factory=dict)
+    clips: tuple = ()  # none where every epoch makes a single update from fresh samples: its log-ratios are 0 and no clip can act
+
+
+methods = {
+    "SDPO": Method("sdpo", {}, (1e-3, 2e-2)),
+    "SDPO, gain credit": Method("sdpo_gain", {}, (1e-3, 2e-2)),
+    "SDPO, step-accumulated": Method("sdpo", {"order": "step_accumulated"}),
+    "DDPO": Method("ddpo"),
+    "DDPO, step-shuffled": Method("ddpo", shuffled, (1e-3, 2e-2)),
+    "D3PO": Method("d3po", {}, (.02, .4)),
+    "D3PO, step-shuffled": Method("d3po", shuffled, (.02, .4)),
+    "PRDP/REBEL": Method("rebel"),
+    "PRDP/REBEL, 8 updates": Method("rebel", dict(pairs_per_update=2, **even_steps), (5e-3, 2e-2)),
+}
+race = [name for name in methods if name != "SDPO, step-accumulated"]
+
+
+@dataclass(frozen=True)
+class Run:
+    "One training: where its line goes, and its settings"
+    group: str
+    name: str
+    config: TrainConfig
+
+    @property
+    def key(self):  # what decides the numbers
+        return json.dumps({name: value for name, value in asdict(resolve(self.config)).items() if name not in ("output_dir", "resume")}, sort_keys=True)
+
+
+def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
+    "Settings of a method, with its searched learning rate and clip unless `changes` says otherwise"
+    method = methods[method]
+    return Run(group, name, TrainConfig(**{**dict(recipe=method.recipe, reward=reward, seed=seed, epochs=epochs, eval_samples=0, checkpoint_every=epochs),
+                                           **method.changes, **changes}))
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+def plan(config) -> list:
+    "What is measured when: (epoch, which prompts, step counts, pairs)"
+    if config.epochs == search_epochs: return [(config.epochs, "trained", search_steps, 48)]
+    return [*((epoch, "trained", curve_steps, pairs) for epoch in curve_epochs), (config.epochs, "trained", all_steps, pairs),
+            (config.epochs, "unseen", search_steps, 48)]
+
+
+def measure(policy, which, steps, samples, reward) -> dict:
+    "Rewards, agreement, diversity and coverage at these step counts, on fixed pairs of prompt and noise"
+    others = {name: get_reward(name) for name in watched}
+    prompts = list(prompt_lists["shapes"]) if which == "trained" else unseen
+    found = step_generalization(policy, others[reward], prompts, steps=steps, samples=samples, seed=evaluation_seed,
+                                other_rewards={name: other for name, other in others.items() if name != reward})
+    return {"prompts": which, "steps": list(steps), "n": samples, "mean": found.mean.tolist(), "std": found.std.tolist(),
+            "other_rewards": {name: values.mean(1).tolist() for name, values in found.other_rewards.items()},
+            "agreement": found.agreement.tolist(), "diversity": found.diversity.tolist()}
+
+
+def measure_coverage(policy) -> dict:
+    "The effective number of shapes, colours and backgrounds in pictures of captions that leave them open, at 4 steps"
+    images = {p: policy.sample([p]*24, 4, seeds=list(range(24))) for p in open_prompts}
+    oracle = load_network("oracle")
+    named = torch.cat([images[p] for p in open_prompts[1:]])
+    of_shapes, of_colors = coverage(oracle, images[""]), coverage(oracle, named)
+    return {"shape": of_shapes["shape"], "color": of_colors["color"], "background": of_colors["background"]}
+
+
+@cache
+def base() -> Path:
+    "Where measurements of the untrained model are kept between runs: a folder for each state of the shipped model"
+    weights = b"".join(path.read_bytes() for path in sorted(assets.rglob("*.safetensors")))
+    return Path(tempfile.gettempdir())/f"sdpo_nb_before_{hashlib.sha256(weights).hexdigest()[:12]}"
+
+
+def measure_before(policy, which, steps, samples, reward) -> dict:
+    "The same of the model before training; measured once, then remembered"
+    path = base()/f"{which}_{'_'.join(map(str, steps))}_{samples}_{reward}.json"
+    if not path.is_file(): write_json(path, measure(policy, which, steps, samples, reward))
+    return read_json(path)
+
+
+class Measure(Callback):
+    "Measures before training, and after the epochs of the plan"
+    def __init__(self): self.evaluations, self.seconds = [], 0.
+
+    def note(self, trainer, record):
+        counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
+        self.evaluations.append({**counts, **record})
+
+    def before_train(self, trainer):
+        with trainer.policy.without_lora():
+            for request in dict.fromkeys(entry[1:] for entry in plan(trainer.config)):
+                self.note(trainer, measure_before(trainer.policy, *request, trainer.config.reward))
+            if trainer.config.epochs != search_epochs: self.evaluations[0]["coverage"] = measure_coverage(trainer.policy)
+
+    def after_epoch(self, trainer, metrics):
+        started = time.perf_counter()
+        for epoch, *request in plan(trainer.config):
+            if epoch == metrics["epoch"]: self.note(trainer, measure(trainer.policy, *request, trainer.config.reward))
+        if metrics["epoch"] == trainer.config.epochs != search_epochs:
+            last = next(e for e in self.evaluations if e["epoch"] == metrics["epoch"] and e["prompts"] == "trained")
+            last["coverage"] = measure_coverage(trainer.policy)
+        self.seconds += time.perf_counter() - started
+
+
+def shorten(value):
+    "Six digits are enough for numbers that are drawn and averaged"
+    if isinstance(value, dict): return {name: shorten(item) for name, item in value.items()}
+    if isinstance(value, list): return [shorten(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def execute(run: Run) -> dict:
+    "Train and measure"
+    torch.set_num_threads(1)
+    started, measuring = time.perf_counter(), Measure()
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(**{**asdict(run.config), "output_dir": f"{folder}/run"})
+        trainer = Trainer(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
+        trainer.train()
+        metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
+    config = asdict(resolve(run.config)) | {"output_dir": None}
+    measured = shorten({"seconds": {"all": time.perf_counter() - started, "evaluation": measuring.seconds}, "metrics": metrics,
+                        "evaluations": measuring.evaluations})
+    return {"group": run.group, "name": run.name, "recipe": config["recipe"], "reward": config["reward"], "seed": config["seed"], "config": config,
+            "versions": versions(), "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}, **measured}
+
+
+# --- the groups ----------------------------------------------------------------------------------
+
+def lines(group) -> list:
+    "What a group has so far"
+    path = results/f"{group}.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def final_gain(line) -> float:
+    "Gain of the trained reward at the end, averaged over step counts"
+    trained = [e for e in line["evaluations"] if e["prompts"] == "trained"]
+    last = trained[-1]
+    before = next(e for e in trained if e["samples"] == 0 and e["steps"] == last["steps"])
+    return sum(a - b for a, b in zip(last["mean"], before["mean"]))/len(last["steps"])
+
+
+def search_runs(name) -> list:
+    "Four learning rates; one beyond the edge if the best lies there; then other clips at the best: six settings at most"
+    def run(**changes): return make_run("search", name, name, search_seed, epochs=search_epochs, checkpoint_every=search_epochs, **changes)
+    found = {line["config"]["learning_rate"]: final_gain(line) for line in lines("search")
+             if line["name"] == name and line["config"]["clip_range"] == default_clip(name)}
+    rates = [3e-4, 1e-3, 3e-3, 1e-2]
+    runs = [run(learning_rate=rate) for rate in rates]
+    if not all(rate in found for rate in rates): return runs
+    best = max(rates, key=found.get)
+    if best in (rates[0], rates[-1]):
+        best_and_beyond = 3e-2 if best == rates[-1] else 1e-4
+        runs.append(run(learning_rate=best_and_beyond))
+        if best_and_beyond not in found: return runs
+        best = max((best, best_and_beyond), key=found.get)
+    return runs + [run(learning_rate=best, clip_range=clip) for clip in methods[name].clips][:6 - len(runs)]
+
+
+def default_clip(name) -> float:
+    "The clip of a method before the search"
+    return resolve(make_run("", "", name, 0).config).clip_range
+
+
+def searched(name) -> dict:
+    "The best setting that the search found for a method. Raises SystemExit where it has not run"
+    candidates = [line for line in lines("search") if line["name"] == name]
+    if not candidates: raise SystemExit(f"{name} has not been searched; run the group 'search' first.")
+    best = max(candidates, key=final_gain)["config"]
+    return {"learning_rate": best["learning_rate"], "clip_range": best["clip_range"]}
+
+
+def search(seeds):
+    return [run for name in methods for run in search_runs(name)]  # grows with what was found
+
+
+def order(seeds):
+    same = searched("SDPO")
+    return [make_run("order", name, "SDPO", seed, **{**same, **changes}) for seed in seeds[:3] for name, changes in {
+        "shuffled": {}, "accumulated": {"order": "step_accumulated"},
+        "accumulated, own learning rate": {"order": "step_accumulated", **searched("SDPO, step-accumulated")},
+        "accumulated, 2 pairs an update": {"order": "step_accumulated", "pairs_per_update": 2}}.items()]
+
+
+def normalizers(seeds):
+    return [make_run("normalizers", name, "SDPO", seed, normalizer=name, **searched("SDPO"))
+           for seed in seeds[:3] for name in ("step_prompt", "prompt", "batch", "step")]
+
+
+def main_race(seeds):
+    return [make_run("main", name, name, seed, reward, **searched(name)) for seed in seeds for reward in (quality, alignment) for name in race]
+
+
+def factors(seeds):
+    plain = dict(train_last_step=True, log_ratio_scale="none")
+    accumulated = {"SDPO": "SDPO, step-accumulated", "DDPO, step-shuffled": "DDPO"}
+    return [make_run("factors", f"{name.split(',')[0]}, {order.replace('_', '-')}, {treatment}", name, seed,
+                    **{**searched(name if order == "step_shuffled" else accumulated[name]), "order": order, **steps})
+           for seed in seeds[:3] for name in accumulated for order in ("step_shuffled", "step_accumulated")
+           for treatment, steps in (("even steps", even_steps), ("steps as they are", plain))]
+
+
+def ablations(seeds):
+    switches = {
+        "SDPO": {}, "anchor among all": {"anchor": "all"}, "random anchor": {"anchor": "random"}, "no anchor (first and last)": {"queries": "terminal"},
+        "causal credit": {"credit": "causal"}, "gamma 0.9": {"gamma": .9}, "gamma 1": {"gamma": 1.}, "lambda 1 (no weights)": {"step_weight": 1.},
+        "lambda reversed": {"step_weight": 1/.99}, "lambda 0.9": {"step_weight": .9}, "no clip": {"clip_range": 0.}, "last step trained": {"train_last_step": True},
+        "log-ratios unscaled": {"log_ratio_scale": "none"}, "independent initial noise": {"sampling": "independent_pair"},
+        "not divided by std": {"divide_by_std": False}}
+    gain = {"gain credit": {}, "gain credit, all queries": {"queries": "all"}, "gain credit, not divided by std": {"divide_by_std": False}}
+    return [make_run("ablations", name, method, seed, **{**searched(method), **changes}) for seed in seeds[:3]
+           for method, group in (("SDPO", switches), ("SDPO, gain credit", gain)) for name, changes in group.items()]
+
+
+def steps(seeds):
+    same = searched("SDPO")
+    return [*(make_run("steps", f"T={count}", "SDPO", seed, num_steps=count, **same) for count in (10, 4, 2) for seed in seeds[:3]),
+            *(make_run("steps", "T=1, causal credit", "SDPO", seed, num_steps=1, credit="causal", train_last_step=True, **same) for seed in seeds[:3]),
+            *(make_run("steps", "T=50", "SDPO", seed, num_steps=50, **same) for seed in seeds[:3])]
+
+
+def queries(seeds):
+    return [make_run("queries", f"{count} queries", "SDPO", seed, queries=count, **searched("SDPO")) for seed in seeds[:3] for count in ("terminal", "3", "5", "all")]
+
+
+groups = {"search": search, "order": order, "normalizers": normalizers, "main": main_race, "factors": factors, "queries": queries, "ablations": ablations,
+          "steps": steps}
+
+
+# --- running -------------------------------------------------------------------------------------
+
+def known_lines() -> dict:
+    "Every run of every group by what decides its numbers"
+    found = {}
+    for group in groups:
+        for line in lines(group):
+            key = json.dumps({name: value for name, value in line["config"].items() if name not in ("output_dir", "resume")}, sort_keys=True)
+            found.setdefault(key, {})[group, line["name"]] = line
+    return found
+
+
+def missing(runs) -> list:
+    "Runs without a line in their group"
+    known = known_lines()
+    return [run for run in runs if (run.group, run.name) not in known.get(run.key, {})]
+
+
+def copy_lines(runs) -> list:
+    "What another group has trained already is copied; the rest is returned, each training once"
+    known, left = known_lines(), {}
+    for run in missing(runs):
+        if run.key in known: append_jsonl(results/f"{run.group}.jsonl", {**next(iter(known[run.key].values())), "group": run.group, "name": run.name})
+        else: left.setdefault(run.key, run)
+    return list(left.values())
+
+
+def work(runs, workers):
+    "Run what is missing, several at a time; lines are written as they come"
+    left = copy_lines(runs)
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = {pool.submit(execute, run): run for run in left}
+        for number, job in enumerate(as_completed(jobs), 1):
+            line, run = job.result(), jobs[job]
+            append_jsonl(results/f"{run.group}.jsonl", line)
+            print(f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, learning rate {line['config']['learning_rate']:g}, "
+                  f"clip {line['config']['clip_range']:g}: gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s", flush=True)
+    copy_lines(runs)
+
+
+def check(names, seeds) -> str:
+    "What is missing, in words; None where nothing is"
+    left = {name: missing(groups[name](seeds)) for name in names}
+    for name, runs in left.items(): print(f"{name}: {len(lines(name))} runs" + (f", {len(runs)} missing" if runs else ""))
+    return "; ".join(f"{name} lacks {', '.join(f'{run.name} ({run.config.reward}, seed {run.config.seed})' for run in runs)}"
+                     for name, runs in left.items() if runs) or None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(groups))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--check", action="store_true", help="train nothing; fail if a run of these groups is missing")
+    given = parser.parse_args()
+    for name in given.groups:
+        if name not in groups: parser.error(f"GROUP is {name!r}; choose among {', '.join(groups)}")
+    if given.check: raise SystemExit(check(given.groups or groups, given.seeds))
+    for name in given.groups or groups:
+        while missing(runs := groups[name](given.seeds)): work(runs, given.workers)
+
+
+if __name__ == "__main__":
+    main()
