@@ -6,10 +6,10 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['picture_size', 'decoded_pixels', 'evaluation_pairs', 'read_attributes', 'agreement_share', 'shrink',
-           'prompt_diversity', 'judge', 'sample_and_judge', 'StepEvaluation', 'deviation', 'spread_indices',
+           'prompt_diversity', 'coverage', 'judge', 'sample_and_judge', 'StepEvaluation', 'deviation', 'spread_indices',
            'check_steps', 'oracle_for', 'step_generalization', 'paired_gain', 'check_comparable', 'compare_rewards',
            'compare', 'format_number', 'change_columns', 'reward_columns', 'comparison_columns', 'comparison_title',
-           'comparison_table']
+           'comparison_table', 't_quantile', 'seed_interval', 'values_by_steps', 'check_setting', 'gains_over_seeds']
 
 # %% ../nbs/11_evaluate.ipynb #1eeffa27
 from collections import defaultdict
@@ -81,6 +81,18 @@ def prompt_diversity(
     flat = shrink(images, 32).float().flatten(1)
     distances = [torch.pdist(flat[group])/flat.shape[1]**.5 for group in groups.values() if len(group) > 1]
     return torch.cat(distances).mean().item() if distances else float("nan")
+
+# %% ../nbs/11_evaluate.ipynb #6e2cde99
+@torch.no_grad()
+def coverage(
+    oracle,                # images `[B,3,32,32]` -> logits `[B,options]` by attribute
+    images: torch.Tensor,  # `[B,3,32,32]` in [0,1], of prompts that leave something open
+) -> dict:                 # attribute -> effective number: 1 where all are alike, the number of options where all come equally often
+    "How many shapes, colours and backgrounds the pictures show in effect. Raises `ValueError` for no pictures, or others than the oracle reads"
+    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size) or not len(images):
+        raise ValueError(f"images has shape {list(images.shape)}; the oracle reads [B,3,{image_size},{image_size}] with at least one picture.")
+    def effective(options): return torch.special.entr(options.bincount()/len(options)).sum().exp().item()
+    return {attribute: effective(logits.argmax(1).cpu()) for attribute, logits in oracle(images).items()}
 
 # %% ../nbs/11_evaluate.ipynb #b186046e
 picture_size = 256      # longest side of the pictures that are kept to look at
@@ -193,7 +205,7 @@ def oracle_for(
 # %% ../nbs/11_evaluate.ipynb #43ba06c0
 def step_generalization(
     policy,                      # see `sdpo_nb.models.Policy`
-    reward,                      # images `[B,3,H,W]` in [0,1], B prompts -> `[B]`
+    reward,                      # a name, a mixture, or images `[B,3,H,W]` in [0,1], B prompts -> `[B]`; see `get_reward`
     prompts: list[str],          # used in turn
     *,
     steps=(1, 2, 4, 8, 16, 50),  # S step counts
@@ -202,13 +214,13 @@ def step_generalization(
     eta: float = 1.0,            # of DDIM; the pipeline's own scheduler goes by its own rules
     own_scheduler: bool = False, # True: the stock pipeline, as its users call it
     batch_size: int = 128,       # how many pairs at a time; has no influence on the pairs
-    other_rewards: dict = None,  # name -> reward, to be watched
+    other_rewards: dict = None,  # label -> reward, to be watched
 ) -> StepEvaluation:
     "Reward, agreement and diversity by number of sampling steps, on fixed pairs. Raises `ValueError` for impossible requests"
     pairs, steps = evaluation_pairs(prompts, samples, seed), check_steps(policy, steps)
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be at least 1: 128 is usual.")
-    kept, others = spread_indices(samples, len(prompts)), other_rewards or {}
-    judging = dict(rewards={"": reward, **others}, oracle=oracle_for(policy, prompts))
+    reward, others = get_reward(reward), {label: get_reward(other) for label, other in (other_rewards or {}).items()}
+    kept, judging = spread_indices(samples, len(prompts)), dict(rewards={"": reward, **others}, oracle=oracle_for(policy, prompts))
     results = [sample_and_judge(policy, pairs, count, kept, judging, batch_size, eta=eta, own_scheduler=own_scheduler) for count in steps]
     def table(name): return torch.stack([result[name] for result in results])
     return StepEvaluation(
@@ -314,3 +326,72 @@ def comparison_table(
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in zip(*columns)]
     text = "\n".join([comparison_title(comparison), *lines])
     return f"{text}\n\n{comparison_table(comparison['own_scheduler'])}" if comparison.get("own_scheduler") else text
+
+# %% ../nbs/11_evaluate.ipynb #3b07b622
+def t_quantile(
+    freedom: int,  # degrees of freedom, at least 1
+) -> float:        # to three decimals
+    "The 97.5 % quantile of Student's t distribution: from a table, then by its expansion around the normal distribution's 1.96"
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[freedom - 1] if freedom <= len(table) else 1.95996 + 2.37227/freedom + 2.8225/freedom**2 + 2.556/freedom**3
+
+# %% ../nbs/11_evaluate.ipynb #8d71d8e6
+def seed_interval(
+    values,   # `[N,...]`, one row a seed; tensor, array or nested list
+) -> tuple:   # mean `[...]` and half of the width `[...]`, float64; the half-width of a single seed is NaN
+    "The mean over seeds and its 95 % t-interval, mean ± half-width. Raises `ValueError` where there is no seed"
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if not values.ndim or not len(values): raise ValueError(f"values has shape {list(values.shape)}; give [N,...] with one row for each of at least one seed.")
+    mean, freedom = values.mean(0), len(values) - 1
+    return mean, t_quantile(freedom)*values.std(0)/len(values)**.5 if freedom else torch.full_like(mean, torch.nan)
+
+# %% ../nbs/11_evaluate.ipynb #a30eca2b
+def values_by_steps(
+    records: list,  # evaluations of one run, such as those of one epoch
+    value: str,     # a key of theirs, or the name of one of the `other_rewards`
+) -> dict:          # step count -> number, NaN where it was not to be had
+    "One quantity of some evaluations. Raises `ValueError` where it was not measured"
+    table = {}
+    for record in records:
+        numbers = record.get(value) or record.get("other_rewards", {}).get(value)
+        if not isinstance(numbers, list):
+            raise ValueError(f"value={value!r} was not measured; use mean, agreement, diversity or one of {', '.join(record.get('other_rewards', {})) or 'the other rewards'}.")
+        table |= {steps: torch.nan if number is None else number for steps, number in zip(record["steps"], numbers)}
+    return table
+
+# %% ../nbs/11_evaluate.ipynb #8aea0772
+def check_setting(
+    runs: list,  # lines of an experiment
+):
+    "Raise `ValueError` unless these are runs of one setting with different seeds"
+    if not runs: raise ValueError("runs is empty; give the runs of one setting, at least one.")
+    settings = sorted({" / ".join(str(run.get(key)) for key in ("group", "name", "recipe", "reward")) for run in runs})
+    seeds = [run["seed"] for run in runs]
+    if len(settings) > 1: raise ValueError(f"runs come from {len(settings)} settings ({settings[0]}; {settings[1]}); give those of one.")
+    if len({*seeds}) < len(seeds): raise ValueError(f"runs have the seeds {seeds}; give each seed once.")
+
+# %% ../nbs/11_evaluate.ipynb #afaba1f3
+def gains_over_seeds(
+    runs: list,              # lines of an experiment, all of one setting, N seeds
+    epoch: int = None,       # after which; None: the last one evaluated
+    prompts: str = "trained",  # or "unseen"
+    value: str = "mean",     # what gained: the mean reward, "agreement", "diversity", or one of the `other_rewards`
+) -> dict:                   # `steps` (S), `mean` `[S]`, `half_width` `[S]`, `seeds` (N), `each` `[N,S]`; `epoch`, and mean `samples`, `reward_queries`, `optimizer_steps`
+    "What training changed at every step count, with its 95 % interval over seeds. Raises `ValueError` for what does not belong together or is missing"
+    check_setting(runs)
+    gains, counted = [], []
+    for run in runs:
+        records = [record for record in run["evaluations"] if record["prompts"] == prompts]
+        last = max((record["epoch"] for record in records), default=None) if epoch is None else epoch
+        after = [record for record in records if record["epoch"] == last]
+        if not after: raise ValueError(f"seed {run['seed']} has no evaluation with prompts={prompts!r} and epoch={epoch}; its epochs are {sorted({r['epoch'] for r in records})}.")
+        start, end = values_by_steps([record for record in records if record["samples"] == 0], value), values_by_steps(after, value)
+        gains.append({steps: end[steps] - start[steps] for steps in end if steps in start})
+        counted.append({name: after[0][name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")})
+    epochs, steps = sorted({count["epoch"] for count in counted}), [steps for steps in gains[0] if all(steps in gain for gain in gains)]
+    if len(epochs) > 1: raise ValueError(f"runs end at different epochs, {epochs}; name one with epoch=, or leave out the unfinished ones.")
+    if not steps: raise ValueError("runs have no step count in common that was also evaluated before training; evaluate them alike.")
+    each = torch.tensor([[gain[count] for count in steps] for gain in gains], dtype=torch.float64)
+    mean, half_width = seed_interval(each)
+    return {"steps": steps, "mean": mean, "half_width": half_width, "seeds": [run["seed"] for run in runs], "each": each,
+            **{name: sum(count[name] for count in counted)/len(counted) for name in counted[0]}, "epoch": epochs[0]}

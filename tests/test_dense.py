@@ -1,4 +1,6 @@
 "Anchors, dense rewards and credit rules: against the reference's numbers and against the formulas written as plain loops"
+import importlib.util
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -7,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from sdpo_nb.dense import (action_returns, greedy_anchors, interpolate_rewards, latent_similarities, query_indices, select_anchor,
-                           spread_rewards, step_similarities)
+from sdpo_nb.dense import (action_returns, greedy_anchors, interpolate_rewards, latent_similarities, nearest_weights, query_indices,
+                           rank_correlation, select_anchor, spread_rewards, step_similarities, time_weights, weighted_rewards)
+from sdpo_nb.files import read_jsonl, write_jsonl
+from sdpo_nb.recipes import Recipe
 
-VECTORS = np.load(Path(__file__).parent/"reference_vectors"/"sdpo_vectors.npz")
+ROOT = Path(__file__).parent.parent
+VECTORS = np.load(ROOT/"tests"/"reference_vectors"/"sdpo_vectors.npz")
+RESULTS = ROOT/"benchmarks"/"results"/"experiments"/"dense_rewards.jsonl"
 
 
 def vector(name): return torch.from_numpy(VECTORS[name])
@@ -157,7 +163,118 @@ def test_similarities_are_symmetric_with_ones_on_the_diagonal():
     close(table.diagonal(dim1=1, dim2=2), torch.ones(3, 6), 1e-6)
 
 
+# --- other ways to fill the gaps
+
+def test_lines_in_time_are_those_of_numpy():
+    generator = torch.Generator().manual_seed(0)
+    for num_steps, queries in itertools.product((4, 9, 25), (1, 2, 3, 4)):
+        indices = torch.stack([torch.randperm(num_steps, generator=generator)[:queries] for _ in range(20)])   # in any order
+        rewards = torch.randn(20, queries, generator=generator)
+        weights = time_weights(indices, num_steps)
+        close(weights.sum(1), torch.ones(20, num_steps), 1e-6)
+        for at, known, found in zip(indices, rewards, weighted_rewards(weights, indices, rewards)):
+            order = at.argsort()
+            assert np.allclose(found, np.interp(range(num_steps), at[order], known[order]), atol=1e-5)
+
+
+def test_lines_in_time_with_a_query_made_twice():
+    indices, rewards = torch.tensor([[0, 0, 4], [0, 4, 4]]), torch.tensor([[1., 1., 5.], [1., 5., 5.]])
+    close(weighted_rewards(time_weights(indices, 5), indices, rewards), torch.tensor([[1., 2, 3, 4, 5]]*2), 1e-6)
+
+
+def test_nearest_queries_by_hand():
+    pred_x0 = latents(6, 8)
+    indices, rewards = query_indices(pred_x0), torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    found = weighted_rewards(nearest_weights(step_similarities(pred_x0, indices)), indices, rewards)
+    for x, at, known, given in zip(pred_x0, indices.tolist(), rewards, found):
+        for i in range(8): assert given[i] == known[max(range(3), key=lambda q: cosine(x[i], x[at[q]]) if i not in at else float(i == at[q]))]
+
+
+def test_weights_are_relative_and_queried_rewards_are_kept():
+    indices, rewards = torch.tensor([[0, 2, 5]]), torch.tensor([[1., -1., 3.]])
+    weights = torch.rand(1, 3, 6, generator=torch.Generator().manual_seed(0))
+    close(weighted_rewards(7*weights, indices, rewards), weighted_rewards(weights, indices, rewards), 1e-6)
+    assert torch.equal(weighted_rewards(weights, indices, rewards).gather(1, indices), rewards)
+
+
+def test_rank_correlation_by_hand():
+    def ranks(values): return [sum(other < value for other in values) + (sum(other == value for other in values) - 1)/2 for value in values]
+    x, y = (torch.randint(0, 6, (5, 9), generator=torch.Generator().manual_seed(seed)).float() for seed in (0, 1))   # with ties
+    for row, (a, b) in enumerate(zip(x.tolist(), y.tolist())):
+        assert math.isclose(rank_correlation(x, y)[row], np.corrcoef(ranks(a), ranks(b))[0, 1], abs_tol=1e-12)
+    close(rank_correlation(x.exp(), y), rank_correlation(x, y), 1e-12)
+    close(rank_correlation(-x, y), -rank_correlation(x, y), 1e-12)
+    assert rank_correlation(torch.zeros(4), torch.randn(4)).isnan()
+
+
+# --- the experiment
+
+@pytest.fixture(scope="module")
+def experiment():
+    spec = importlib.util.spec_from_file_location("dense_rewards", ROOT/"benchmarks"/"dense_rewards.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_experiment_fills_gaps_with_the_packages_rules(experiment):
+    pred_x0, true = latents(12, 10), torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    anchor = select_anchor(pred_x0)
+    three = torch.stack([0*anchor, anchor, 0*anchor + 9], 1)
+    for where, how in ((w, h) for w, ways in experiment.rules.items() for h in ways):
+        indices = experiment.queried_steps(where, pred_x0)
+        found = experiment.fill(how, pred_x0, indices, true)
+        assert found.isfinite().all() and torch.equal(found.gather(1, indices), true.gather(1, indices))
+    assert torch.equal(experiment.queried_steps("interior", pred_x0), three)
+    assert torch.equal(experiment.fill("similarity", pred_x0, three, true), interpolate_rewards(pred_x0, anchor, true.gather(1, three)))
+    assert torch.equal(experiment.fill("time", pred_x0, experiment.queried_steps("last", pred_x0), true), true[:, -1:].expand(-1, 10))
+
+
+def test_experiment_knows_a_perfect_a_reversed_and_an_empty_prediction(experiment):
+    true = torch.randn(2, 2*experiment.pairs_per_prompt, 6, generator=torch.Generator().manual_seed(0))
+    true[1, :, 0] = true[0, :, 0]                             # a pair shares its first promise
+    perfect, reversed_, empty = (experiment.compare(predicted, true) for predicted in (true, -true, torch.zeros_like(true)))
+    assert perfect["error"] == [0]*6 and perfect["error_centred"] == [0]*6
+    for kind in ("rank", "rank_prompt"):
+        assert perfect[kind] == [1]*6 and reversed_[kind] == [-1]*6 and empty[kind] == [0]*6
+    assert perfect["rank_pair"][1:] == [1]*5 and reversed_["rank_pair"][1:] == [-1]*5 and math.isnan(perfect["rank_pair"][0])
+    assert perfect["return_prompt"] == perfect["return_pair"] == 1
+    shifted = experiment.compare(true + torch.arange(6), true)
+    assert max(shifted["error_centred"]) < 1e-5 and shifted["error"][3] == 3 and shifted["rank_prompt"] == [1]*6
+
+
+def test_experiment_goes_on_where_it_stopped(experiment, tmp_path, monkeypatch):
+    ran = []
+    def run(kind, seed, num_steps):
+        ran.append((kind, seed, num_steps))
+        return {"policy": kind, "seed": seed, "num_steps": num_steps}
+    monkeypatch.setattr(experiment, "results", tmp_path/"dense_rewards.jsonl")
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr("sys.argv", ["dense_rewards.py", "--seeds", "1", "2", "--cases", "shipped,10", "trained,10"])
+    write_jsonl(experiment.results, [run("shipped", 2, 10)])
+    experiment.main()
+    experiment.main()
+    assert ran == [("shipped", 2, 10), ("shipped", 1, 10), ("trained", 1, 10), ("trained", 2, 10)]
+
+
+def test_committed_results_are_of_this_experiment(experiment):
+    records = read_jsonl(RESULTS)
+    for case in (("shipped", 10), ("shipped", 25), ("trained", 10)):
+        assert len({line["seed"] for line in records if (line["policy"], line["num_steps"]) == case}) >= 5
+    for line in records:
+        assert tuple(line["rewards"]) == experiment.rewards and line["versions"] and line["machine"] and line["config"]
+        for found in line["rewards"].values():
+            assert {where: tuple(ways) for where, ways in found["predicted"].items()} == experiment.rules
+            assert all(len(numbers["error"]) == line["num_steps"] for ways in found["predicted"].values() for numbers in ways.values())
+            for where, ways in found["predicted"].items():    # what was queried at the ends is exact
+                for numbers in ways.values(): assert numbers["error"][-1] == 0 and (where == "last" or numbers["error"][0] == 0)
+
+
 # --- credit
+
+def test_defaults_are_those_of_the_recipes():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(action_returns).parameters.items()}
+    assert all(defaults[name] == getattr(Recipe(), name) for name in ("credit", "gamma", "gae_lambda"))
+
 
 @pytest.mark.parametrize("num_steps,final", [(1, True), (2, True), (2, False), (7, True), (7, False)])
 def test_credit_rules_as_plain_sums(num_steps, final):
@@ -191,6 +308,7 @@ def test_credit_leaves_its_input_alone():
     (lambda: query_indices(latents(2, 5), 4), "queries is 4"),
     (lambda: interpolate_rewards(latents(2, 5), torch.tensor([1, 2]), torch.zeros(2, 2)), r"rewards has shape \[2, 2\]"),
     (lambda: interpolate_rewards(latents(2, 5), torch.tensor([1]), torch.zeros(2, 3)), r"anchor has shape \[1\]"),
+    (lambda: rank_correlation(torch.zeros(3), torch.zeros(2)), r"x has shape \[3\] and y \[2\]"),
     (lambda: action_returns(torch.zeros(2, 5), credit="mine"), "credit is 'mine'"),
     (lambda: action_returns(torch.zeros(2, 1), credit="gain"), "give final_reward"),
     (lambda: action_returns(torch.zeros(2, 5), final_reward=torch.zeros(2)), "final_reward is given"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sdpo_nb.evaluate as evaluate
-from sdpo_nb.evaluate import (StepEvaluation, agreement_share, compare, comparison_table, evaluation_pairs, prompt_diversity, read_attributes,
-                              shrink, spread_indices, step_generalization)
+from sdpo_nb.evaluate import (StepEvaluation, agreement_share, compare, comparison_table, coverage, evaluation_pairs, gains_over_seeds, prompt_diversity,
+                              read_attributes, seed_interval, shrink, spread_indices, step_generalization, t_quantile)
 from sdpo_nb.files import read_json, write_json
 from sdpo_nb.mdp import make_ddim
 from sdpo_nb.models import Policy
@@ -203,3 +203,88 @@ def test_a_real_pipeline_before_and_after_a_lora(tmp_path):
         assert torch.allclose(step_generalization(policy, brightness, ['a cat', 'a dog'], **options).rewards, before.rewards, atol=1e-6)
     own = step_generalization(policy, brightness, ['a cat', 'a dog'], own_scheduler=True, **options)
     assert own.sampler == 'DDIMScheduler' and own.rewards.isfinite().all() and isinstance(own, StepEvaluation)
+
+
+def test_rewards_go_by_their_names_too(oracle):
+    by_name = step_generalization(WorldPolicy(), '0.5*warmth', PROMPTS, steps=(2,), samples=6, other_rewards={'colourful': 'colorfulness'})
+    images = torch.stack([WorldPolicy().sample([prompt], 2, seeds=[seed], eta=1, own_scheduler=False, batch_size=1, return_latents=True)[0]
+                          for prompt, seed in zip(*evaluation_pairs(PROMPTS, 6, 0))])
+    assert by_name.reward == '0.5*warmth' and torch.allclose(by_name.rewards[0], .5*(images[:, 0] - images[:, 2]).mean((1, 2)), atol=1e-6)
+    assert by_name.other_rewards['colourful'].shape == (1, 6)
+    policy = WorldPolicy()
+    for rewards in (dict(reward='warmt'), dict(reward='warmth', other_rewards={'x': 'colourfullness'})):
+        with pytest.raises(ValueError, match='nearest'): step_generalization(policy, prompts=PROMPTS, **rewards)
+    assert policy.calls == []
+
+
+def test_coverage_is_an_effective_number():
+    def read(images): return {'shape': images[:, 0, 0, :4], 'color': images[:, 1, 0, :2]}
+    def drawn(shape, color):
+        images = torch.zeros(len(shape), 3, 32, 32)
+        for image, of_shape, of_color in zip(images, shape, color): image[0, 0, of_shape] = image[1, 0, of_color] = 1
+        return images
+    assert coverage(read, drawn([0, 1, 2, 3], [1, 1, 1, 1])) == pytest.approx({'shape': 4, 'color': 1})
+    assert coverage(read, drawn([3, 3, 1, 1], [0, 0, 0, 1])) == pytest.approx({'shape': 2, 'color': (1/.75)**.75*4**.25})
+    collapsed, lively = (coverage(read, drawn(shape, [0]*8))['shape'] for shape in ([0]*7 + [1], [0]*5 + [1]*3))
+    assert 1 < collapsed < lively < 2
+    for wrong in (torch.zeros(0, 3, 32, 32), torch.zeros(2, 3, 64, 64), torch.zeros(3, 32, 32)):
+        with pytest.raises(ValueError, match='images has shape'): coverage(read, wrong)
+
+
+def test_t_quantiles():
+    known = {1: 12.7062, 2: 4.3027, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 30: 2.0423, 120: 1.9799}   # from printed tables
+    assert {freedom: t_quantile(freedom) for freedom in known} == pytest.approx(known, abs=6e-4)
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 5, 12])
+def test_seed_intervals_hold_the_truth_19_times_in_20(seeds):
+    mean, half_width = seed_interval(7 + 3*torch.randn(seeds, 20_000, generator=torch.Generator().manual_seed(0)))
+    assert mean.shape == half_width.shape == (20_000,) and mean.dtype == torch.float64
+    assert ((mean - 7).abs() < half_width).double().mean().item() == pytest.approx(.95, abs=.006)
+
+
+def test_seed_interval_of_one_seed_and_of_none():
+    mean, half_width = seed_interval([[1, 2]])
+    assert mean.tolist() == [1, 2] and half_width.isnan().all() and half_width.shape == (2,)
+    for nothing in ([], 3.):
+        with pytest.raises(ValueError, match='at least one seed'): seed_interval(nothing)
+
+
+def experiment_run(seed, gain, **changes):
+    "A line of an experiment: trained prompts after epochs 0, 2 and 4, unseen ones and 50 steps at the ends only"
+    def record(prompts, epoch, steps, mean):
+        return dict(prompts=prompts, epoch=epoch, samples=32*epoch, reward_queries=80*epoch + (epoch > 0)*seed, optimizer_steps=9*epoch, steps=steps, n=8, mean=mean,
+                    std=[1.]*len(steps), agreement=[1 - epoch/8]*len(steps), diversity=[None]*len(steps), other_rewards={'warmth': [epoch*gain]*len(steps)})
+    evaluations = [record('trained', 0, [1, 4, 50], [5., 6., 6.5]), record('unseen', 0, [1, 4], [1., 1.]), record('trained', 2, [1, 4], [5 + gain/2, 6.]),
+                   record('trained', 4, [1, 4, 50], [5 + gain, 6.5, 6.5]), record('unseen', 4, [1, 4], [1., 1 + gain/2])]
+    return dict(group='order', name='shuffled', recipe='sdpo', reward='light', seed=seed, evaluations=evaluations) | changes
+
+
+RUNS = [experiment_run(seed, gain) for seed, gain in ((1, 1.), (2, 2.), (3, 3.))]
+
+
+def test_gains_over_seeds():
+    last = gains_over_seeds(RUNS)
+    assert last['steps'] == [1, 4, 50] and last['seeds'] == [1, 2, 3] and last['epoch'] == 4
+    assert (last['samples'], last['reward_queries'], last['optimizer_steps']) == (128, 322, 36)
+    assert last['each'].tolist() == [[1, .5, 0], [2, .5, 0], [3, .5, 0]]
+    assert last['mean'].tolist() == [2, .5, 0] and last['half_width'].tolist() == pytest.approx([4.303/3**.5, 0, 0])
+    early, start = gains_over_seeds(RUNS, epoch=2), gains_over_seeds(RUNS, epoch=0)
+    assert early['steps'] == [1, 4] and early['mean'].tolist() == [1, 0] and early['samples'] == 64
+    assert start['each'].abs().sum() == 0 and start['samples'] == 0
+    unseen = gains_over_seeds(RUNS, prompts='unseen')
+    assert unseen['steps'] == [1, 4] and unseen['each'].tolist() == [[0, .5], [0, 1], [0, 1.5]]
+    assert gains_over_seeds(RUNS, value='warmth')['mean'].tolist() == [8, 8, 8]
+    assert gains_over_seeds(RUNS, value='agreement')['mean'].tolist() == [-.5]*3
+    assert gains_over_seeds(RUNS, value='diversity')['mean'].isnan().all()
+    assert gains_over_seeds(RUNS[:1])['half_width'].isnan().all()
+
+
+@pytest.mark.parametrize('runs, options, sentence', [
+    ([], {}, 'runs is empty'), (RUNS + RUNS[:1], {}, 'each seed once'), ([RUNS[0], RUNS[1] | {'name': 'accumulated'}], {}, 'come from 2 settings'),
+    ([RUNS[0], RUNS[1] | {'reward': 'dark'}], {}, 'come from 2 settings'), (RUNS, {'epoch': 3}, r'its epochs are \[0, 2, 4\]'), (RUNS, {'prompts': 'new'}, "prompts='new'"),
+    (RUNS, {'value': 'beauty'}, 'was not measured; use mean, agreement, diversity or one of warmth'),
+    ([RUNS[0], RUNS[1] | {'evaluations': RUNS[1]['evaluations'][:3]}], {}, 'different epochs'),
+    ([RUNS[0] | {'evaluations': RUNS[0]['evaluations'][3:4]}], {}, 'no step count in common')])
+def test_gains_of_what_does_not_belong_together_are_refused(runs, options, sentence):
+    with pytest.raises(ValueError, match=sentence): gains_over_seeds(runs, **options)

@@ -15,7 +15,7 @@ from random_pipelines import random_tokenizer
 
 import sdpo_nb.rewards as module
 from sdpo_nb.rewards import (FunctionReward, MixedReward, Reward, checked, colorfulness, get_reward, jpeg_kilobytes, load_network,
-                             load_text_encoder, networks, parse_mixture, register_reward, rewards, warmth)
+                             load_text_encoder, networks, parse_mixture, register_reward, rewards, warmth, world_sized)
 
 without_weights = ["jpeg_compressibility", "jpeg_incompressibility", "colorfulness", "warmth"]
 with_weights = ["shapes_aesthetic", "shapes_alignment"]
@@ -268,6 +268,13 @@ def test_alignment_is_ten_cosines(assets):
         text = reward.model.embed_text(reward.text_encoder(tokens).pooler_output)
         expected = 10*torch.nn.functional.cosine_similarity(reward.model.embed_images(images), text)
     torch.testing.assert_close(reward(images, prompts), expected)
+
+
+def test_pictures_are_squeezed_with_anti_aliasing():
+    "A chessboard of single pixels is grey from afar; without the filter a pattern would appear"
+    board = ((torch.arange(62)[:, None] + torch.arange(62)) % 2).float().expand(1, 3, -1, -1)
+    assert (world_sized(board) - .5).abs().max() < .05
+    assert torch.equal(world_sized(noise()), noise())
 
 
 def test_each_caption_is_embedded_once(assets):
