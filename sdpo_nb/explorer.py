@@ -302,7 +302,8 @@ def step_html(
     explored: Explored, # a trajectory
     step: int,          # from 0 to T-1
 ) -> str:
-    "A step: its pictures, its numbers."
+    "A step: its pictures, its numbers. Raises `ValueError` for a step that the trajectory does not have."
+    if not 0 <= step < len(explored): raise ValueError(f"step={step} of a trajectory of {len(explored)}: choose one from 0 to {len(explored) - 1}.")
     style = "width:9em;height:auto;image-rendering:pixelated" if Image.open(BytesIO(explored.pictures["clean"][0])).width <= 64 else "width:13em;height:auto"
     figures = "".join(f'<figure style="margin:0"><img alt="{html.escape(picture.alt)}" src="{png_address(picture.png)}" style="{style}">'
                       f'<figcaption>{picture.caption}</figcaption></figure>' for picture in step_pictures(explored, step))
@@ -342,6 +343,7 @@ def static_explorer(
     trajectories: list, # of `Explored`, at least one
 ) -> str:               # HTML for the body of any page, ASCII only
     "An explorer that needs a browser and nothing else. Raises `ValueError` without trajectories."
+    if isinstance(trajectories, Explored): raise ValueError("trajectories is a single one: give a list of them, [explored].")
     trajectories = list(trajectories)
     if not trajectories: raise ValueError("trajectories is empty: give at least one, from explore(policy, reward, prompt).")
     data = json.dumps(static_data(trajectories)).replace("<", "\\u003c")   # no text may close the script

@@ -7,8 +7,8 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['most_skipped', 'may_change', 'Callback', 'Rollout', 'Trainer', 'pair_diversity', 'anchor_metrics', 'random_states',
            'set_random_states', 'read_checkpoint', 'newest_checkpoint', 'versions', 'check_output', 'run_config',
-           'ProgressCallback', 'EvaluationCallback', 'rollout_figures', 'evaluation_figures', 'ReportCallback',
-           'default_callbacks']
+           'in_notebook', 'ProgressCallback', 'show_in_place', 'LiveCallback', 'read_evaluations', 'EvaluationCallback',
+           'rollout_figures', 'evaluation_figures', 'ReportCallback', 'default_callbacks']
 
 # %% ../nbs/10_trainer.ipynb #07acef59
 import io, math, platform, random, sys, time
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from .advantages import normalizers
 from .config import TrainConfig, batch_plan, load_prompts, prompt_lists, resolve
 from .dense import action_returns, query_indices, select_anchor, spread_rewards, step_similarities
-from .evaluate import StepEvaluation, compare, step_generalization
+from .evaluate import StepEvaluation, compare, evaluation_pairs, picture_size, shrink, spread_indices, step_generalization
 from .files import append_jsonl, atomic_write, read_json, read_jsonl, to_plain, write_json, write_jsonl
 from .mdp import (ddim_step, few_step_timesteps, has_density, hash_seed, log_ratio_scales, make_ddim, output_sensitivity, pair_noise,
                          sample_trajectories, step_coefficients)
@@ -654,14 +654,19 @@ def train(self: Trainer) -> dict:  # metrics of the last epoch
     return metrics
 
 # %% ../nbs/10_trainer.ipynb #89e2f126
+def in_notebook() -> bool:
+    "Does a Jupyter kernel run this? Then what a cell shows can be replaced later"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+# %% ../nbs/10_trainer.ipynb #3a63e768
 class ProgressCallback(Callback):
     "A bar with reward and time left in a terminal or notebook; one plain line an epoch otherwise"
     def before_train(self, trainer):
         from tqdm.auto import tqdm
         self.bar = None
         if not trainer.accelerator.is_main_process: return
-        live = sys.stdout.isatty() or "ipykernel" in sys.modules
-        if live: self.bar = tqdm(total=trainer.config.epochs, initial=trainer.counts["epoch"], desc="training", unit="epoch")
+        if sys.stdout.isatty() or in_notebook(): self.bar = tqdm(total=trainer.config.epochs, initial=trainer.counts["epoch"], desc="training", unit="epoch")
 
     def after_epoch(self, trainer, metrics):
         if not trainer.accelerator.is_main_process: return
@@ -673,7 +678,56 @@ class ProgressCallback(Callback):
     def after_train(self, trainer):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/10_trainer.ipynb #3a63e768
+# %% ../nbs/10_trainer.ipynb #59bebcb0
+def show_in_place(
+    handle,   # what the last call returned, None at first
+    figure,   # always of the same size, so that the page does not jump
+):            # for the next call
+    "Show a figure in a notebook, where its predecessor stood"
+    from IPython.display import Image, display
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=80)
+    width, height = (round(80*inches) for inches in figure.get_size_inches())
+    picture = Image(buffer.getvalue(), width=width, height=height)
+    if handle is None: return display(picture, display_id=True)
+    handle.update(picture)
+    return handle
+
+# %% ../nbs/10_trainer.ipynb #0aa5239d
+class LiveCallback(Callback):
+    "In a notebook: curves, and fixed pictures before training and now, drawn again in place for a twentieth of the time"
+    def before_train(self, trainer):
+        if not trainer.accelerator.is_main_process: return
+        prompts, c = trainer.prompts, trainer.config
+        self.pairs = evaluation_pairs([prompts[index] for index in spread_indices(len(prompts), len(prompts), 4)], 4, c.eval_seed)
+        self.steps, self.handles, self.due = sorted({1, c.num_steps}), [None, None], 0.
+        with trainer.policy.without_lora(): self.before = self.pictures(trainer)
+
+    def pictures(self, trainer):  # `[S,4,3,h,w]`
+        prompts, seeds = self.pairs
+        return torch.stack([shrink(trainer.policy.sample(prompts, count, seeds=seeds, eta=trainer.config.eta), picture_size) for count in self.steps])
+
+    def after_epoch(self, trainer, metrics):
+        started = time.perf_counter()
+        if not trainer.accelerator.is_main_process or (started < self.due and not trainer.finished()): return
+        from sdpo_nb.viz import step_grid, training_curves
+        curves = training_curves(trainer.folder, names=["reward/mean", "diversity", "clip_fraction"])
+        grid = step_grid(self.before, self.pictures(trainer), self.steps, self.pairs[0])
+        grid.axes[1].set_title(f"epoch {metrics['epoch']}", fontsize=12, fontweight="bold")
+        self.handles = [show_in_place(handle, figure) for handle, figure in zip(self.handles, (curves, grid))]
+        self.due = time.perf_counter() + 19*(time.perf_counter()-started)
+
+# %% ../nbs/10_trainer.ipynb #1c671c64
+def read_evaluations(
+    path: Path,   # written by `EvaluationCallback`
+) -> dict:        # own scheduler? -> `StepEvaluation`; None where the file is missing or damaged
+    "What was kept of an evaluation"
+    if not path.is_file(): return None
+    try:
+        found = torch.load(path, weights_only=True)
+        return {own: StepEvaluation(**found[own]) for own in (False, True)}
+    except Exception: return None   # torch has no single error for a damaged file, and the evaluation can be repeated
+
+# %% ../nbs/10_trainer.ipynb #03ae82d5
 class EvaluationCallback(Callback):
     "The same prompts and noise before and after, at every step count, by DDIM as trained and by the pipeline's own scheduler"
     def evaluate(self, trainer, own):
@@ -684,12 +738,11 @@ class EvaluationCallback(Callback):
     def before_train(self, trainer):
         if not trainer.config.eval_samples or not trainer.accelerator.is_main_process: return
         path = trainer.folder/"evaluation_before.pt"
-        if not path.is_file():
-            with trainer.policy.without_lora(): found = {own: vars(self.evaluate(trainer, own)) for own in (False, True)}
-            buffer = io.BytesIO()
-            torch.save(found, buffer)
-            atomic_write(path, buffer.getvalue())
-        self.before = {own: StepEvaluation(**state) for own, state in torch.load(path, weights_only=True).items()}
+        self.before = read_evaluations(path)
+        if self.before: return
+        with trainer.policy.without_lora(): self.before = {own: self.evaluate(trainer, own) for own in (False, True)}
+        torch.save({own: vars(found) for own, found in self.before.items()}, buffer := io.BytesIO())
+        atomic_write(path, buffer.getvalue())
 
     def after_train(self, trainer):
         if not trainer.config.eval_samples or not trainer.accelerator.is_main_process: return
@@ -743,4 +796,4 @@ class ReportCallback(Callback):
 # %% ../nbs/10_trainer.ipynb #a79c7d29
 def default_callbacks() -> list:
     "Those that watch where none are given"
-    return [ProgressCallback(), EvaluationCallback(), ReportCallback()]
+    return [ProgressCallback(), *([LiveCallback()] if in_notebook() else []), EvaluationCallback(), ReportCallback()]

@@ -187,6 +187,20 @@ def test_static_explorer_needs_a_trajectory(tmp_path):
     assert not (tmp_path/'empty.html').exists()
 
 
+def test_a_single_trajectory_and_a_step_that_is_not_there(explored):
+    with pytest.raises(ValueError, match='trajectories is a single one: give a list'): static_explorer(explored)
+    for step in (-1, 5):
+        with pytest.raises(ValueError, match=f'step={step} of a trajectory of 5: choose one from 0 to 4'): step_html(explored, step)
+
+
+@pytest.mark.parametrize('num_steps', [1, 2])
+def test_a_page_of_one_or_two_steps_without_a_policy_after(plain, num_steps):
+    only = explore(plain, lambda images, prompts: images.mean((1, 2, 3))*torch.nan, 'a cat', num_steps=num_steps, when='before')
+    assert len(only) == num_steps and '>not a number</td>' in step_html(only, num_steps - 1)
+    data = static_data([only])
+    assert [len(frames) for frames in data['trajectories']] == [num_steps] and f'max="{num_steps - 1}"' in static_explorer([only])
+
+
 def test_saved_page_is_light_and_dark(explored, tmp_path):
     page = save_explorer([explored], tmp_path/'explorer.html').read_text(encoding='utf-8')
     assert page.startswith('<!doctype html>') and 'color-scheme:light dark' in page and '<html lang="en">' in page

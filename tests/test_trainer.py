@@ -7,11 +7,15 @@ import sys
 import textwrap
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from PIL import Image
 from random_pipelines import random_stable_diffusion
 
 from sdpo_nb.config import TrainConfig, animals, queries_per_epoch, resolve
@@ -20,8 +24,8 @@ from sdpo_nb.files import read_json, read_jsonl
 from sdpo_nb.mdp import ddim_step
 from sdpo_nb.models import load_policy
 from sdpo_nb.recipes import recipes
-from sdpo_nb.trainer import (Callback, EvaluationCallback, ProgressCallback, ReportCallback, Trainer, default_callbacks, most_skipped,
-                             newest_checkpoint, pair_diversity, run_config)
+from sdpo_nb.trainer import (Callback, EvaluationCallback, LiveCallback, ProgressCallback, ReportCallback, Trainer, default_callbacks, most_skipped,
+                             newest_checkpoint, pair_diversity, random_states, run_config)
 
 TESTS = Path(__file__).resolve().parent
 PROMPTS = ['a red circle', 'a cat']
@@ -457,8 +461,136 @@ def test_evaluation_compares_with_the_policy_before_training(make, tmp_path, mon
     assert all(torch.equal(later.before[own].rewards, watcher.before[own].rewards) for own in (False, True))
 
 
-def test_default_callbacks():
-    assert [type(callback) for callback in default_callbacks()] == [ProgressCallback, EvaluationCallback, ReportCallback]
+@pytest.mark.parametrize('damage', [lambda data: data[:1000], lambda data: b'', lambda data: b'something else'])
+def test_a_damaged_evaluation_is_made_again(make, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr('sdpo_nb.trainer.step_generalization', partial(step_generalization, steps=(1, 3)))
+    settings = dict(eval_samples=5, learning_rate=1e-2)
+    whole, repaired, path = EvaluationCallback(), EvaluationCallback(), tmp_path/'run/evaluation_before.pt'
+    make(**settings, callbacks=[whole]).train()
+    path.write_bytes(damage(path.read_bytes()))
+    make(**settings, resume=str(tmp_path/'run'), callbacks=[repaired]).train()
+    assert all(torch.equal(repaired.before[own].rewards, whole.before[own].rewards) for own in (False, True))
+    again = EvaluationCallback()
+    monkeypatch.setattr(again, 'evaluate', lambda trainer, own: repaired.after[own])   # from the file, not evaluated
+    make(**settings, resume=str(tmp_path/'run'), callbacks=[again]).train()
+    assert torch.equal(again.before[False].rewards, whole.before[False].rewards)
+
+
+def test_default_callbacks(monkeypatch):
+    "Pictures in place only where a kernel runs, not in any other IPython"
+    from IPython.core.interactiveshell import InteractiveShell
+    plain = [ProgressCallback, EvaluationCallback, ReportCallback]
+    assert [type(callback) for callback in default_callbacks()] == plain
+    for kernel in (False, True):
+        shell = type('Shell', (), {'kernel': None} if kernel else {})()
+        monkeypatch.setattr('IPython.get_ipython', lambda: shell)
+        assert [type(callback) for callback in default_callbacks()] == (plain[:1] + [LiveCallback] + plain[1:] if kernel else plain)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "Every picture that a notebook would be sent, by the place where it stands"
+    places = []
+    class Place(list):
+        def update(self, picture): self.append(picture)
+    def display(picture, display_id):
+        assert display_id is True
+        places.append(Place([picture]))
+        return places[-1]
+    monkeypatch.setattr('IPython.display.display', display)
+    return places
+
+
+def test_watching_changes_nothing(make, tmp_path, shown):
+    "Weights, log, and every random generator, straight on and after a resume that is watched too"
+    settings = dict(reward=noisy_redness, epochs=4, checkpoint_every=2, num_steps=3, kl_coefficient=.1)
+    torch.manual_seed(5)
+    blind = make(**settings, output_dir=str(tmp_path/'blind'))
+    blind.train()
+    torch.manual_seed(5)
+    watched = make(**settings, output_dir=str(tmp_path/'watched'), callbacks=[LiveCallback()])
+    watched.train()
+    assert len(shown) == 2
+    states = random_states()
+    torch.manual_seed(5)
+    make(**{**settings, 'epochs': 2}, callbacks=[LiveCallback()]).train()
+    torch.manual_seed(7)
+    resumed = make(**settings, resume=str(tmp_path/'run'), callbacks=[LiveCallback()])
+    resumed.train()
+    for other in (watched, resumed):
+        assert same_weights(blind, other) and other.policy.unet.training == blind.policy.unet.training
+        assert without_clock(read_jsonl(other.folder/'metrics.jsonl')) == without_clock(read_jsonl(blind.folder/'metrics.jsonl'))
+        assert newest_checkpoint(other.folder)['random'][0]['torch'].equal(newest_checkpoint(blind.folder)['random'][0]['torch'])
+        assert other.normalizer.state_dict() == blind.normalizer.state_dict()
+    assert states['torch'].equal(random_states()['torch']) and states['python'] == random_states()['python'] and states['numpy'] == random_states()['numpy']
+
+
+class EveryEpoch(LiveCallback):
+    "Draws without regard to the time it takes"
+    def after_epoch(self, trainer, metrics):
+        self.due = 0.
+        super().after_epoch(trainer, metrics)
+
+
+def test_pictures_stay_in_their_places_and_keep_their_size(make, shown):
+    watcher = EveryEpoch()
+    trainer = make(epochs=4, learning_rate=1e-2, callbacks=[watcher])
+    trainer.train()
+    curves, grids = shown
+    assert len(curves) == len(grids) == 4
+    for place in shown:
+        sizes = {Image.open(BytesIO(picture.data)).size for picture in place}
+        assert sizes == {(place[0].width, place[0].height)} and len({picture.data for picture in place}) == 4
+    # the pictures: four pairs at one step and as trained, before from the policy without its LoRA, now from the one that was trained
+    assert watcher.steps == [1, 5] and watcher.before.shape[:2] == (2, 4) and watcher.pairs[0] == PROMPTS*2
+    with trainer.policy.without_lora(): assert torch.equal(watcher.pictures(trainer), watcher.before)
+    assert not torch.equal(watcher.pictures(trainer), watcher.before)
+
+
+def test_looking_costs_a_twentieth_of_the_time(make, shown, monkeypatch):
+    clock = [0.]
+    def tick(): return clock[0]
+    watcher = LiveCallback()
+    trainer = make(epochs=200)
+    watcher.before_train(trainer)
+    monkeypatch.setattr('sdpo_nb.trainer.time.perf_counter', tick)
+    def show(handle, figure): clock[0] += 1.5; shown.append(clock[0])   # two figures: three seconds
+    monkeypatch.setattr('sdpo_nb.trainer.show_in_place', show)
+    trainer.folder.mkdir()
+    metrics = {'epoch': 1, 'samples': 8, 'reward/mean': 0., 'reward/std': 1.}
+    (trainer.folder/'metrics.jsonl').write_text(json.dumps(metrics) + '\n')
+    for _ in range(100):
+        clock[0] += 6
+        watcher.after_epoch(trainer, metrics)
+    assert .04 < 1.5*len(shown)/clock[0] <= .055
+    drawn = len(shown)
+    trainer.counts['epoch'] = 200
+    watcher.after_epoch(trainer, metrics)
+    assert len(shown) == drawn + 2   # the last epoch is always drawn
+
+
+def test_live_pictures_in_a_kernel(pipeline, tmp_path):
+    "The default callbacks in a real kernel: two pictures, each sent once and replaced after that"
+    code = f'''
+import sys; sys.path.insert(0, {str(TESTS)!r})
+import sdpo_nb.trainer
+from test_trainer import *
+sdpo_nb.trainer.LiveCallback = EveryEpoch
+config = TrainConfig(num_steps=3, epochs=3, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, buffer_size=8, min_count=4, output_dir={str(tmp_path/'run')!r})
+trainer = Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config)
+trainer.train()'''
+    sent = []
+    class Watching(NotebookClient):
+        def process_message(self, message, cell, index):
+            if 'display_id' in message['content'].get('transient', {}) and 'image/png' in message['content']['data']: sent.append(message)
+            return super().process_message(message, cell, index)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    Watching(notebook, timeout=300, kernel_name='python3').execute()
+    kinds = [message['msg_type'] for message in sent]
+    assert kinds == ['display_data']*2 + ['update_display_data']*4
+    outputs = [output for output in notebook.cells[0].outputs if 'image/png' in output.get('data', {})]
+    assert [output['data'] for output in outputs] == [message['content']['data'] for message in sent[-2:]]   # what is saved is the last one
+    assert all(output['metadata']['image/png'].keys() == {'width', 'height'} for output in outputs)
 
 
 def test_a_finished_run_is_a_folder(make, tmp_path):

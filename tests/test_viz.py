@@ -140,23 +140,70 @@ def test_step_curves_show_what_was_measured():
     (lambda: viz.film_strip(torch.zeros(2, 3, 8, 8), [1.]), 'rewards has shape'),
     (lambda: viz.film_strip(torch.zeros(2, 3, 8, 8), anchor=5), 'anchor is'),
     (lambda: viz.film_strip(torch.zeros(2, 2, 3, 8, 8), anchor=0), 'anchor is'),
+    (lambda: viz.film_strip(torch.zeros(2, 2, 3, 8, 8), labels=['a']), 'labels are 1 for 2 rows'),
+    (lambda: viz.similarity_map(torch.zeros(3, 4, 8, 8), 3), 'anchor is 3; give a step from 0 to 2'),
     (lambda: viz.similarity_map(torch.zeros(0, 4, 8, 8)), 'pred_x0 has shape'),
     (lambda: viz.reward_map(torch.zeros(3)), 'values has shape'),
+    (lambda: viz.reward_map([]), 'values has shape'),
     (lambda: viz.advantage_map(torch.zeros(3, 0)), 'values has shape'),
     (lambda: viz.anchor_histogram([], 3), 'anchors has shape'),
     (lambda: viz.anchor_histogram([3], 3), 'anchors run'),
+    (lambda: viz.anchor_histogram([1, NAN], 3), 'anchors run from nan'),
+    (lambda: viz.anchor_histogram([1, 1.5], 3), 'give whole steps'),
     (lambda: viz.training_curves([]), 'no epoch yet'),
     (lambda: viz.training_curves({}), 'no epoch yet'),
     (lambda: viz.training_curves([RECORDS, []]), 'no epoch yet'),
+    (lambda: viz.training_curves([1, 2]), 'something else than records'),
+    (lambda: viz.training_curves([{'epoch': 1, 'loss': 1.}]), "x is 'samples', which the metrics do not hold"),
+    (lambda: viz.training_curves([{'samples': 1, 'reward/mean': NAN}]), 'none of reward/mean'),
     (lambda: viz.training_curves(RECORDS, 'time'), "x is 'time'"),
     (lambda: viz.training_curves(RECORDS, names=['kl']), 'none of kl'),
     (lambda: viz.step_grid(torch.zeros(2, 1, 3, 8, 8), None, [1], ['a']), '1 step counts'),
     (lambda: viz.step_grid(torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 2, 3, 8, 8), [1], ['a']), 'after has shape'),
+    (lambda: viz.step_grid(torch.zeros(0, 1, 3, 8, 8), None, [], ['a']), 'before has shape'),
+    (lambda: viz.step_grid(torch.zeros(1, 1, 3, 8, 8), torch.zeros(0, 1, 3, 8, 8), [1], ['a']), 'after has shape'),
     (lambda: viz.diversity_curve({'steps': [1]}), 'diversity was not measured'),
+    (lambda: viz.diversity_curve({}), 'diversity was not measured'),
+    (lambda: viz.step_curves({}), 'the comparison lacks steps'),
+    (lambda: viz.step_curves({'steps': [1], 'n': 1, 'reward': 'x', 'after': PANEL}), 'the comparison lacks before'),
     (lambda: viz.save_figure(Figure(), 'figure.pdf'), 'PNG')])
 def test_nonsense_is_refused_with_a_sentence(draw, sentence):
     with pytest.raises(ValueError, match=sentence) as error: draw()
     assert '\n' not in str(error.value)
+
+
+IMAGE, LATENT = torch.rand(1, 3, 8, 8), torch.randn(1, 4, 8, 8)
+ONE_STEP = {'steps': [1], 'n': 2, 'reward': 'x', 'before': {'mean': [1.], 'std': [.1]}, 'after': None}
+
+
+@pytest.mark.parametrize('draw', [
+    lambda: viz.film_strip(IMAGE), lambda: viz.film_strip(IMAGE, [NAN], 0), lambda: viz.similarity_map(LATENT, 0), lambda: viz.reward_map([[1.]]),
+    lambda: viz.advantage_map([[0.]]), lambda: viz.anchor_histogram([0], 1), lambda: viz.training_curves(RECORDS[:1]), lambda: viz.step_grid(IMAGE[None], None, [1], ['a']),
+    lambda: viz.diversity_curve(ONE_STEP | {'diversity': {'before': [.1], 'after': None}}), lambda: viz.step_curves(ONE_STEP)], ids=range(10))
+def test_one_step_and_no_policy_after_are_drawn(draw): drawn(draw())
+
+
+@pytest.mark.parametrize('draw', [
+    lambda: viz.film_strip(IMAGE*NAN, [NAN]), lambda: viz.similarity_map(LATENT.expand(3, -1, -1, -1)*NAN, 1), lambda: viz.reward_map([[NAN, NAN]]),
+    lambda: viz.reward_map([[NAN, 1., float('inf')]]), lambda: viz.advantage_map([[NAN, -1.]]), lambda: viz.training_curves([*RECORDS, {'samples': 40, 'reward/mean': NAN}]),
+    lambda: viz.training_curves([RECORDS, [record | {'reward/std': NAN} for record in RECORDS]]), lambda: viz.step_grid(IMAGE[None]*NAN, IMAGE[None], [1], ['a']),
+    lambda: viz.diversity_curve(COMPARISON | {'diversity': {'before': [.1, NAN], 'after': [None, .2]}}),
+    lambda: viz.step_curves(COMPARISON | {'before': {'mean': [NAN, 1.], 'std': [NAN, None]}, 'gain': {'mean': [NAN, 1.], 'se': [NAN, .1]}})], ids=range(10))
+def test_numbers_that_are_missing_leave_a_gap(draw): drawn(draw())
+
+
+def test_what_is_not_a_number_is_hatched_and_the_rest_is_shown():
+    latents = torch.randn(4, 2, 3, 3)
+    latents[2] = NAN
+    axis = viz.similarity_map(latents).axes[0]
+    masked = np.ma.getmaskarray(values(axis))
+    assert masked[2].all() and masked[:, 2].all() and masked.sum() == 7 and axis.patch.get_hatch()
+
+
+def test_shares_and_distances_start_at_zero():
+    figure = viz.training_curves([record | {'clip_fraction': 0.} for record in RECORDS], names=['diversity', 'clip_fraction', 'loss'])
+    assert [axis.get_ylim()[0] == 0 for axis in figure.axes] == [True, True, False]
+    assert all(axis.get_ylim()[1] > 0 for axis in figure.axes)
 
 
 @pytest.fixture
@@ -235,3 +282,5 @@ def test_model_card_of_the_embedded_policy_without_evaluation(tmp_path):
     card = viz.model_card(tmp_path)
     assert 'base_model' not in card and 'policy_folder("tiny")' in card and 'has not been evaluated' in card
     with pytest.raises(FileNotFoundError): viz.model_card(tmp_path/'nowhere')
+    write_json(tmp_path/'config.json', {'policy': 'tiny'})
+    with pytest.raises(ValueError, match='lacks recipe; give the folder of a run'): viz.model_card(tmp_path)
