@@ -13,11 +13,13 @@ root = Path(__file__).parent.parent
 
 
 def outputs(cell: dict) -> str:
-    "Markdown outputs as they are, plain text as a code block."
+    "Markdown outputs as they are, plain text and what was printed as a code block."
     parts = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
-        if "text/markdown" in data:
+        if output.get("name") == "stdout":
+            parts.append("```\n" + "".join(output["text"]).rstrip() + "\n```")
+        elif "text/markdown" in data:
             parts.append("".join(data["text/markdown"]))
         elif "text/plain" in data and "image/png" not in data:
             parts.append("```\n" + "".join(data["text/plain"]) + "\n```")

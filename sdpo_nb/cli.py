@@ -6,11 +6,11 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['placeholders', 'wanted', 'truth', 'source_help', 'signature_flags', 'parse_value', 'CommandParser', 'flag_help',
-           'unknown_flag', 'join_values', 'parse_words', 'error_sentence', 'calm_libraries', 'run_command',
-           'check_writable', 'yaml_fields', 'saved_config', 'resumed_config', 'training_config', 'plan_text',
-           'check_reward', 'FolderWatch', 'no_leftovers', 'run_summary', 'train', 'train_command', 'find_lora',
-           'known_setting', 'check_numbers', 'load_with_lora', 'compare_with_lora', 'evaluate_lora', 'function_command',
-           'eval_command', 'picture_grid', 'sample_lora', 'sample_command']
+           'unknown_flag', 'flag_value', 'join_values', 'parse_words', 'error_sentence', 'calm_libraries',
+           'run_command', 'check_writable', 'yaml_fields', 'saved_config', 'resumed_config', 'training_config',
+           'plan_text', 'check_reward', 'FolderWatch', 'clear_folder', 'no_leftovers', 'run_summary', 'train',
+           'train_command', 'find_lora', 'known_setting', 'check_numbers', 'load_with_lora', 'compare_with_lora',
+           'evaluate_lora', 'function_command', 'eval_command', 'picture_grid', 'sample_lora', 'sample_command']
 
 # %% ../nbs/22_cli.ipynb #b432cbc2
 import argparse
@@ -18,11 +18,12 @@ import difflib
 import inspect
 import math
 import os
+import shlex
 import shutil
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -67,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
         description: str,  # one sentence
     ):
         super().__init__(prog, f"{prog} {' '.join(positionals)} [--field value …]", description, allow_abbrev=False)
-        self.flags = flags
+        self.flags, self.positionals = flags, len(positionals)
         for name, text in positionals.items():
             self.add_argument(name.strip("[]"), help=text, nargs="?" if name[0] == "[" else None)
         for name, flag in flags.items():
@@ -93,11 +94,25 @@ def unknown_flag(
     return ValueError(f"There is no flag {word}; " + (f"did you mean --{near[0]}?" if near else "--help lists them all."))
 
 # %% ../nbs/22_cli.ipynb #a3be7b4d
+def flag_value(
+    name: str,     # of the flag
+    kind: type,    # of its values
+    rest: list,    # the words behind it; the value is taken away from them
+    awaited: bool, # is a positional argument still to come?
+) -> str:
+    "What a flag is set to. Raises `ValueError`"
+    bare = not rest or rest[0].startswith("--")
+    if kind is bool and (bare or (awaited and rest[0].lower() not in truth)): return "true"
+    if bare: raise ValueError(f"{name} has no value; write --{name} {placeholders[kind]}.")
+    return rest.pop(0)
+
+# %% ../nbs/22_cli.ipynb #7db916fc
 def join_values(
-    words: list,  # of the command line
-    flags: dict,  # see `signature_flags`
-) -> list:        # of words, where every flag carries its value
-    "`--field value` becomes `--field=value`, so that values may begin with a dash; a bare boolean is true. Raises `ValueError`"
+    words: list,        # of the command line
+    flags: dict,        # see `signature_flags`
+    positionals: int=1, # how many other words there may be
+) -> list:              # of words, where every flag carries its value
+    "`--field value` becomes `--field=value`, so that values may begin with a dash. Raises `ValueError`"
     joined, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -106,18 +121,18 @@ def join_values(
         if word in ("-h", "--help") or not word.startswith("-"): joined.append(word)
         elif not flag.startswith("--") or flag[2:] not in flags: raise unknown_flag(flag, flags)
         elif equals: joined.append(word)
-        elif flags[flag[2:]]["anno"] is bool: joined.append(f"{flag}={rest.pop(0) if rest and rest[0].lower() in truth else 'true'}")
-        elif rest and not rest[0].startswith("--"): joined.append(f"{flag}={rest.pop(0)}")
-        else: raise ValueError(f"{flag[2:]} has no value; write {flag} {placeholders[flags[flag[2:]]['anno']]}.")
+        else:
+            awaited = sum(not word.startswith("-") for word in joined) < positionals
+            joined.append(f"{flag}={flag_value(flag[2:], flags[flag[2:]]['anno'], rest, awaited)}")
     return joined
 
-# %% ../nbs/22_cli.ipynb #8a52be26
+# %% ../nbs/22_cli.ipynb #442bf9e2
 def parse_words(
     parser: CommandParser,  # of the command
     words: list=None,       # of the command line; None: those of this process
 ) -> tuple:                 # positional arguments, and the fields that were given
     "Read a command line. Raises `ValueError` with one sentence"
-    found = vars(parser.parse_args(join_values(sys.argv[1:] if words is None else words, parser.flags)))
+    found = vars(parser.parse_args(join_values(sys.argv[1:] if words is None else words, parser.flags, parser.positionals)))
     given = {name: parse_value(name, parser.flags[name]["anno"], value) for name, value in found.items() if name in parser.flags}
     return [value for name, value in found.items() if name not in parser.flags], given
 
@@ -254,25 +269,40 @@ def check_reward(
 
 # %% ../nbs/22_cli.ipynb #cbe21ae7
 class FolderWatch:
-    "A trainer's callback that knows whether the run folder is its own, and whether it holds an epoch worth keeping"
+    "A trainer's callback that knows whether the run folder is open, and whether it holds an epoch worth keeping"
     opened = trained = False
     def before_train(self, trainer): self.opened = True
     def after_epoch(self, trainer, metrics): self.trained = True
     def after_train(self, trainer): pass
 
 # %% ../nbs/22_cli.ipynb #ffd5ae14
+def clear_folder(
+    folder: Path,  # of the run
+    new: list,     # folders that were not there before, the innermost first
+):
+    "Remove what a run has written, and the folders made for it, as far as they may be removed"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError): path.unlink()
+    for path in new:
+        with suppress(OSError): path.rmdir()   # fails where others use it, or where it was not made yet
+
+# %% ../nbs/22_cli.ipynb #3f27114b
 @contextmanager
 def no_leftovers(
     config: TrainConfig,  # of the run
     watch: FolderWatch,   # among the trainer's callbacks
 ):
-    "Remove a folder without a single epoch after a failure; after Ctrl-C say how to go on"
-    folder = Path(config.resume or config.output_dir)
+    "Leave the disk as it was after a failure in the first epoch; after Ctrl-C say how to go on"
+    folder = Path(config.resume or config.output_dir).absolute()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try: yield
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; go on with sdpo-train --resume {folder}" if watch.opened else "interrupted.") from None
-    except (ValueError, OSError, RuntimeError):
-        if watch.opened and not (watch.trained or config.resume): shutil.rmtree(folder, ignore_errors=True)
-        raise
+    except BaseException as error:
+        stopped, refused = isinstance(error, KeyboardInterrupt), isinstance(error, ValueError) and not watch.opened
+        if not (config.resume or watch.trained or refused or (stopped and watch.opened)): clear_folder(folder, new)
+        if not stopped: raise
+        raise KeyboardInterrupt(f"interrupted; go on with sdpo-train --resume {shlex.quote(str(config.resume or config.output_dir))}" if watch.opened else "interrupted.") from None
 
 # %% ../nbs/22_cli.ipynb #07813cfa
 def run_summary(

@@ -11,6 +11,7 @@ __all__ = ['animals', 'balanced', 'prompt_lists', 'ranges', 'field_types', 'pres
 
 # %% ../nbs/21_config.ipynb #64a1532b
 import difflib
+import os
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,7 +30,7 @@ class TrainConfig:
     policy: str = "tiny"               # "tiny", a Hugging Face id or a local diffusers folder
     recipe: str = "sdpo"               # the method: a name in `sdpo_nb.recipes.recipes`
     reward: str = "0.3*shapes_aesthetic+0.7*shapes_alignment"  # a reward, or a weighted mixture such as "0.5*a+0.5*b"
-    prompts: str = "shapes"            # a built-in list ("shapes", "animals") or a text file with one prompt a line
+    prompts: str = "shapes"            # a built-in list (shapes, shapes_all, animals, animals_unseen) or a text file with one prompt a line
     num_steps: int = 10                # T, denoising steps while training
     epochs: int = 30                   # rounds of sampling and updating
     pairs_per_epoch: int = 16          # pairs sampled in each round (an unpaired recipe draws twice as many trajectories)
@@ -82,14 +83,14 @@ def load_prompts(
 ) -> list:
     "The prompts of a run; raises ValueError naming the field where there are none"
     if isinstance(source, (list, tuple)): prompts = list(source)
-    elif source in prompt_lists: prompts = list(prompt_lists[source])
-    elif Path(source).is_file():
+    elif isinstance(source, str) and source in prompt_lists: prompts = list(prompt_lists[source])
+    elif isinstance(source, (str, Path)) and os.path.isfile(source):
         try: text = Path(source).read_text(encoding="utf-8")
-        except UnicodeDecodeError: raise ValueError(f"prompts is {source!r}, which is not UTF-8 text; save it as UTF-8.") from None
+        except UnicodeDecodeError: raise ValueError(f"prompts is {str(source)!r}, which is not UTF-8 text; save it as UTF-8.") from None
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    else: raise ValueError(f"prompts is {source!r}, neither a built-in list ({', '.join(prompt_lists)}) nor a text file; give one of them.")
+    else: raise ValueError(f"prompts is {source!r:.80}, neither a built-in list ({', '.join(prompt_lists)}) nor a text file nor a list of strings; give one of them.")
     if not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompts from {source!r} must be a list with at least one string; give one prompt a line.")
+        raise ValueError(f"prompts from {source!r:.80} must be a list with at least one string; give one prompt a line.")
     return prompts
 
 # %% ../nbs/21_config.ipynb #32011d5c

@@ -68,7 +68,9 @@ def sentence(capfd):
     ('tiny --gamma 2', 2, ['gamma is 2.0', 'from 0 to 1']),
     ('tiny --eta 0', 2, ['eta is 0']),
     ('tiny --divide_by_std=maybe', 2, ['divide_by_std', "'maybe'", 'true or false']),
-    ('tiny --dry_run maybe', 2, ['maybe']),
+    ('tiny --dry_run maybe', 2, ['dry_run', "'maybe'", 'true or false']),
+    ('tiny --train_last_step maybe', 2, ['train_last_step', "'maybe'", 'true or false']),
+    ('tiny --train_last_step maybe --epochs 3', 2, ['train_last_step', "'maybe'", 'true or false']),
     ('tiny --reward= --dry_run', 2, ["reward ''"]),
     ('tiny --queries 4', 2, ['queries', "'4'", 'terminal']),
     ('tiny --recipe sdpp', 2, ['recipe', "'sdpp'", "'sdpo'"]),
@@ -153,8 +155,43 @@ def test_a_failure_in_the_first_epoch_leaves_no_folder(small, tmp_path, capfd, m
     def fail(self, rollout): raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.')
     monkeypatch.setattr(trainer_module.Trainer, 'credit', fail)
     assert train_command([*small, '--eval_samples', '0', '--output_dir', 'run']) == 1
-    assert 'out of memory; lower micro_batch' in sentence(capfd)
+    assert train_command([*small, '--eval_samples', '0', '--output_dir', 'new/folders/run']) == 1
     assert not list(tmp_path.iterdir())
+    assert 'out of memory; lower micro_batch' in capfd.readouterr().err
+
+
+def test_a_failure_in_the_first_epoch_keeps_what_was_there(small, tmp_path, capfd, monkeypatch):
+    def fail(self, rollout): raise RuntimeError('no')
+    monkeypatch.setattr(trainer_module.Trainer, 'credit', fail)
+    (tmp_path/'mine'/'run').mkdir(parents=True)
+    (tmp_path/'mine'/'notes.txt').write_text('precious')
+    assert train_command([*small, '--eval_samples', '0', '--output_dir', 'mine/run']) == 1
+    assert sorted(path.name for path in (tmp_path/'mine').rglob('*')) == ['notes.txt', 'run']
+
+
+def no_space(self): raise OSError(28, 'No space left on device', 'a file')
+def overflow(self): raise FloatingPointError('overflow')
+def stop(self): raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('method, failure, status', [('save_checkpoint', no_space, 1), ('train_epoch', overflow, 1), ('save_checkpoint', stop, 130)])
+def test_every_failure_before_the_first_epoch_leaves_no_folder(method, failure, status, small, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(trainer_module.Trainer, method, failure)
+    assert train_command([*small, '--eval_samples', '0', '--output_dir', 'runs/run']) == status
+    assert 'resume' not in sentence(capfd) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_others_have_filled_is_left_alone(small, tmp_path, capfd, monkeypatch):
+    check = trainer_module.check_output
+
+    def late(folder):
+        if monkeypatch.calls: (folder/'theirs').mkdir(parents=True)   # between our check and our first file
+        monkeypatch.calls += 1
+        return check(folder)
+    monkeypatch.calls = 0
+    monkeypatch.setattr(trainer_module, 'check_output', late)
+    assert train_command([*small, '--eval_samples', '0', '--output_dir', 'run']) == 2
+    assert 'output_dir' in sentence(capfd) and [path.name for path in (tmp_path/'run').iterdir()] == ['theirs']
 
 
 def test_interruption_says_how_to_go_on(small, tmp_path, capfd, monkeypatch):
@@ -300,6 +337,11 @@ def test_samples(run, tmp_path, capfd):
     assert set(pictures) == {'sample', 'again', 'base', 'own'} == {path.stem for path in tmp_path.iterdir()}
     assert pictures['sample'] == pictures['again'] != pictures['own']
     assert Image.open(tmp_path/'sample.png').size == (260, 260)
+
+
+def test_flags_may_stand_before_the_prompt(run, tmp_path):
+    assert sample_command([str(run), '--samples', '1', '--num_steps', '1', '--own_scheduler', 'a cat']) == 0
+    assert (tmp_path/'sample.png').is_file()
 
 
 def test_a_prompt_that_looks_like_a_flag(run, tmp_path):

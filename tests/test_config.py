@@ -100,7 +100,9 @@ def test_prompts(tmp_path):
     (tmp_path/'empty.txt').write_text('\n')
     for wrong in ([], [1], str(tmp_path/'empty.txt')):
         with pytest.raises(ValueError, match='at least one string'): load_prompts(wrong)
-    with pytest.raises(ValueError, match="prompts is 'shape', neither a built-in list"): load_prompts('shape')
+    for wrong in ('shape', tmp_path, 'a'*300, 'a\0b', None, 3, 1., {'a cat'}, {'a': 'cat'}, b'shapes'):
+        with pytest.raises(ValueError, match='prompts is .*, neither a built-in list') as caught: load_prompts(wrong)
+        assert '\n' not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_batch_plan():

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 from nbdev.config import get_config, read_version
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
@@ -54,10 +55,14 @@ def sidebar_entries(contents):
             yield from sidebar_entries(entry.get('contents', []))
 
 
-def load_sidebar():
-    "The entries of nbs/sidebar.yml"
+def load_sidebar(section=None):
+    "The entries of nbs/sidebar.yml, or those of one section"
     contents = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    if section: contents = [entry for entry in contents if isinstance(entry, dict) and entry['section'] == section]
     return list(sidebar_entries(contents))
+
+
+CHAPTERS = [NBS/name for name in load_sidebar('Learn')]
 
 
 def test_version_is_the_same_everywhere():
@@ -84,12 +89,46 @@ def test_console_scripts_name_functions_that_exist():
         assert function in defined
 
 
+def load_site():
+    "_quarto.yml"
+    return yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+
+
+def site_files(site):
+    "Everything in this project that the site's configuration names"
+    pages, navbar = site['website'], site['website']['navbar']
+    shown = [pages['favicon'], pages['open-graph']['image'], pages['twitter-card']['image'], *site['project']['resources']]
+    links = [item['href'] for item in [*navbar['left'], *navbar['right']] if '://' not in item['href']]
+    return [path.lstrip('/') for path in [*site['metadata-files'], site['format']['html']['css'], *shown, *links]]
+
+
 def test_site_configuration():
-    link = NBS/'_quarto.yml'
-    assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'
-    site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    link, site = NBS/'_quarto.yml', load_site()
+    assert link.read_text(encoding='utf-8') == (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    if (ROOT/'.git').exists(): assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'   # a source archive holds a copy
     assert {'light', 'dark'} <= site['format']['html']['theme'].keys()
-    for file in [*site['metadata-files'], site['format']['html']['css']]: assert (NBS/file).exists()
+    assert [path for path in site_files(site) if not (NBS/path).exists()] == []
+    assert site['website']['search'] and site['website']['repo-subdir'] == NBS.name and 'source' in site['website']['repo-actions']
+    contents = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    assert [entry['section'] for entry in contents if isinstance(entry, dict)][:3] == ['Learn', 'How to', 'Reference']
+
+
+def test_social_card_and_icon():
+    site = load_site()['website']
+    assert site['open-graph']['image'] == site['twitter-card']['image'] and site['twitter-card']['card-style'] == 'summary_large_image'
+    assert len(site['open-graph']['image-alt']) > 40
+    card, icon = NBS/site['open-graph']['image'].lstrip('/'), NBS/site['favicon']
+    with Image.open(card) as picture: assert picture.size == (1200, 630)
+    with Image.open(icon) as picture: assert picture.size == (64, 64)
+    assert card.stat().st_size < 200_000 and icon.stat().st_size < 10_000
+
+
+def test_site_is_made_by_a_pinned_quarto():
+    steps = yaml.safe_load((ROOT/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8'))['jobs']
+    setups = [step for job in steps.values() for step in job['steps'] if step.get('uses', '').startswith('quarto-dev/quarto-actions/setup')]
+    assert len(setups) == 1
+    version = str(setups[0]['with']['version'])
+    assert re.fullmatch(r'\d+\.\d+\.\d+', version) and f"Quarto {version.rpartition('.')[0]}" in (ROOT/'Makefile').read_text(encoding='utf-8')
 
 
 def test_every_notebook_stands_in_the_sidebar_once():
@@ -102,6 +141,12 @@ def test_notebook_opens_with_title_and_subtitle(path):
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+def test_the_site_shows_exported_code(path):
+    "It leaves cells that begin with `#| export` out, and shows those that begin with `#| exports`"
+    assert [source for source in cells(path, 'code') if re.match(r'#\|\s*export\s*$', source, flags=re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
 def test_imports_stand_in_cells_of_their_own(path):
     "nbdev runs every cell that holds an import again when it makes the site"
     mixed = []
@@ -110,6 +155,22 @@ def test_imports_stand_in_cells_of_their_own(path):
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
         if len(kinds) == 2: mixed.append(source)
     assert mixed == []
+
+
+def anchors(path):
+    "What a link to the page at `path` may name: its headings as Pandoc names them, and what it defines"
+    headings = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', '\n\n'.join(cells(path, 'markdown')), flags=re.DOTALL), flags=re.MULTILINE)
+    slugs = [re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.lower()).strip())) for heading in headings]
+    return {*slugs, *(name.lower() for source in cells(path, 'code') for name in re.findall(r'^(?:def|class) (\w+)', source, flags=re.MULTILINE))}
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+def test_links_into_pages_name_a_place(path):
+    outputs = [''.join(output.get('data', {}).get('text/markdown', '')) for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+    targets = [*link_targets(path), *re.findall(r'\]\(([^)\s]+)\)', '\n'.join(outputs))]
+    pages = {target.partition('#')[0] for target in targets if re.fullmatch(r'[\w.]*#[^)]+', target)}
+    places = {page: anchors(NBS/page if page else path) for page in pages}
+    assert [target for target in targets if target.partition('#')[0] in pages and '#' in target and target.partition('#')[2] not in places[target.partition('#')[0]]] == []
 
 
 @pytest.mark.parametrize('path', [*NOTEBOOKS, *sorted(ROOT.glob('*.md'))], ids=names)
@@ -129,7 +190,60 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
 def test_colab_badge_opens_this_notebook(path):
     opened = [target for target in link_targets(path) if target.startswith('https://colab.research.google.com/github/')]
-    assert all(target.endswith(f'/nbs/{path.name}') for target in opened)
+    assert opened and all(target.endswith(f'/nbs/{path.name}') for target in opened)
+    install = next(source for source in cells(path, 'code') if 'pip install' in source)
+    assert install.startswith('#| hide\n#| eval: false\n! [ -e /content ] && ')   # acts on Colab only
+
+
+def solutions(path):
+    "The folded solutions in the exercises of the chapter at `path`: for each, its code and the hidden code below it"
+    notebook, inside, found = json.loads(path.read_text(encoding='utf-8'))['cells'], False, []
+    for cell, below in zip(notebook, [*notebook[1:], None]):
+        source = ''.join(cell['source'])
+        for heading in re.findall(r'^## (.+)$', source if cell['cell_type'] == 'markdown' else '', flags=re.MULTILINE): inside = heading.strip() == 'Exercises'
+        if not inside or '<details' not in source: continue
+        shown = '\n'.join(re.findall(r'```python\n(.*?)```', source, flags=re.DOTALL))
+        hidden = ''.join(below['source']) if below and below['cell_type'] == 'code' else ''
+        found.append((shown, hidden if re.match(r'(#\|.*\n)*#\| hide\b', hidden) else ''))
+    return found
+
+
+def code_lines(source):
+    "The lines of code, without directives, blank lines and what follows the last letter"
+    return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith('#|')]
+
+
+@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+def test_chapter_has_exercises_with_solutions_that_run(path):
+    found = solutions(path)
+    assert len(found) >= 2
+    for shown, hidden in found:
+        assert code_lines(shown) and code_lines(shown) == code_lines(hidden)
+
+
+@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+def test_chapter_ends_with_questions(path):
+    text = '\n\n'.join(cells(path, 'markdown'))
+    assert text.count('\n## Check yourself') == 1
+    assert len(re.findall(r'^\s*(?:[*-]|\d+\.) +\S', text.partition('\n## Check yourself')[2].partition('\n## ')[0], flags=re.MULTILINE)) >= 4
+
+
+@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+def test_chapter_has_a_picture_and_a_reasonable_size(path):
+    shown = [output.get('data', {}) for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+    assert any({'image/png', 'image/svg+xml'} & data.keys() for data in shown)
+    assert path.stat().st_size < 700_000
+
+
+def test_front_page_lists_the_chapters():
+    assert [NBS/target for target in link_targets(NBS/'index.ipynb') if NBS/target in CHAPTERS] == CHAPTERS
+
+
+def test_reference_lists_every_module():
+    page = json.loads((NBS/'99_api.ipynb').read_text(encoding='utf-8'))
+    shown = '\n'.join(''.join(output.get('data', {}).get('text/markdown', '')) for cell in page['cells'] for output in cell.get('outputs', []))
+    modules = sorted(f'{facts["lib_name"]}.{path.stem}' for path in (ROOT/facts['lib_name']).glob('*.py') if 'File to edit: ../nbs/' in path.read_text(encoding='utf-8'))
+    assert sorted(re.findall(r'^## (.+)$', shown, flags=re.MULTILINE)) == modules   # otherwise run nbs/99_api.ipynb again
 
 
 @pytest.mark.parametrize('path', WORKFLOWS, ids=names)
@@ -182,6 +296,11 @@ def test_site_pages_can_be_made(tree):
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tree/'_proc').glob('*.ipynb')}
     assert made == {path.name for path in NOTEBOOKS}
+    assert [file for file in site_files(load_site()) if not (tree/'_proc'/file).exists()] == []
+    nested = re.compile(r'\[\[`')   # nbdev links names in backticks: they must not be links already
+    assert [path.name for path in sorted((tree/'_proc').glob('*.ipynb')) if nested.search(path.read_text(encoding='utf-8'))] == []
+    hidden = json.loads((tree/'_proc'/'06_dense.ipynb').read_text(encoding='utf-8'))
+    assert any('def interpolate_rewards(' in ''.join(cell['source']) for cell in hidden['cells'])
 
 
 def test_readme_is_made_from_the_index():

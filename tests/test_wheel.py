@@ -10,7 +10,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
-from conftest import copy_checkout
+from conftest import LEFTOVERS, copy_checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 settings = ConfigParser(delimiters=['='])
@@ -73,6 +73,21 @@ def test_archives_hold_the_assets_and_the_sources(archives):
     with tarfile.open(archives[0]) as archive: held = {path.split('/', 1)[-1] for path in archive.getnames()}
     notebooks = {path.relative_to(ROOT).as_posix() for path in (ROOT/'nbs').glob('*.ipynb')}
     assert assets | notebooks | {'settings.ini', 'LICENSE', 'README.md'} <= held
+
+
+def test_the_source_archive_can_run_its_tests(archives, tmp_path):
+    "It holds what they read, and a few of those that read most pass in it"
+    folders = ('tests', 'benchmarks', 'constraints', 'nbs', '.ci', '.github')
+    wanted = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT/folder).rglob('*')
+              if path.is_file() and not {*LEFTOVERS} & {*path.relative_to(ROOT).parts}}
+    with tarfile.open(archives[0]) as archive:
+        assert wanted - {path.split('/', 1)[-1] for path in archive.getnames()} == set()
+        archive.extractall(tmp_path, filter='data')
+    chosen = ('test_demo.py', 'test_advantages.py', 'test_project.py::test_site_configuration', 'test_project.py::test_readme_is_made_from_the_index')
+    env = os.environ | {'PYTHONPATH': str(tmp_path/f'{name}-{version}')}
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *(f'tests/{path}' for path in chosen)],
+                          cwd=tmp_path/f'{name}-{version}', env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_wheel_imports_outside_the_checkout(installed, tmp_path):
