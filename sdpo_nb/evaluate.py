@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .mdp import make_ddim
+from .mdp import make_sampler
 from .rewards import checked, get_reward, load_network, reward_name
 from .shapes import image_size, parse_caption
 
@@ -190,7 +190,7 @@ def check_steps(
 ) -> list:        # the same
     "Refuse impossible step counts before any work. Raises `ValueError`"
     if isinstance(steps, (int, str)) or not len(steps): raise ValueError(f"steps={steps!r} must be a list with at least one step count: write (1, 2, 4).")
-    for num_steps in steps: make_ddim(policy.scheduler, num_steps)
+    for num_steps in steps: make_sampler(policy.scheduler, num_steps)
     return list(steps)
 
 # %% ../nbs/11_evaluate.ipynb #27bb8b12
