@@ -34,7 +34,7 @@ from PIL import Image
 from .dense import interpolate_rewards, latent_similarities, select_anchor
 from .evaluate import decoded_pixels, picture_size, shrink
 from .files import atomic_write
-from .mdp import ddim_step, make_ddim
+from .mdp import ddim_step, make_sampler
 from .models import Policy, seeded_noise
 from .rewards import FunctionReward, checked, get_reward, reward_name
 from .viz import colors
@@ -68,7 +68,7 @@ def sample_slices(
     eta: float = 1.0, # 0 deterministic … 1 the process SDPO trains on
 ):                    # generator of T texts; its value is (x `[T+1,C,H,W]`, x̂0 `[T,C,H,W]`, timesteps)
     "Play one trajectory, pausing after every step."
-    scheduler = make_ddim(policy.scheduler, num_steps)
+    scheduler = make_sampler(policy.scheduler, num_steps)
     noises = seeded_noise([torch.Generator().manual_seed(seed)], 1 + num_steps, policy.latent_shape)[0].to(policy.device)
     embedding, latents, promised = policy.embed([prompt]), [noises[:1]], []
     for index, timestep in enumerate(scheduler.timesteps.tolist()):

@@ -28,7 +28,7 @@ from .config import TrainConfig, batch_plan, load_prompts, prompt_lists, resolve
 from .dense import action_returns, query_indices, select_anchor, spread_rewards, step_similarities
 from .evaluate import StepEvaluation, compare, evaluation_pairs, picture_size, shrink, spread_indices, step_generalization
 from .files import append_jsonl, atomic_write, read_json, read_jsonl, to_plain, write_json, write_jsonl
-from .mdp import (ddim_step, few_step_timesteps, has_density, hash_seed, log_ratio_scales, make_ddim, output_sensitivity, pair_noise,
+from .mdp import (ddim_step, few_step_timesteps, has_density, hash_seed, log_ratio_scales, make_sampler, output_sensitivity, pair_noise,
                          sample_trajectories, step_coefficients)
 from .models import Policy, precisions
 from .objectives import (clip_fraction, gaussian_kl, log_prob_coefficients, objectives, reference_objectives, surrogate_loss,
@@ -101,7 +101,7 @@ def check_precision(self: Trainer):
 def setup_steps(self: Trainer):
     "The schedule of this run: timesteps, which of them are trained, their weights and scales"
     c = self.config
-    self.scheduler = make_ddim(self.policy.scheduler)
+    self.scheduler, self.policy.guidance_scale = make_sampler(self.policy.scheduler), c.guidance_scale
     timesteps = few_step_timesteps(self.scheduler, c.num_steps)
     self.prev_timestep = recipes[c.recipe].prev_timestep
     trained = has_density(self.scheduler, timesteps, c.eta, self.prev_timestep)

@@ -2,12 +2,13 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import nbformat
@@ -485,6 +486,29 @@ def test_default_callbacks(monkeypatch):
         shell = type('Shell', (), {'kernel': None} if kernel else {})()
         monkeypatch.setattr('IPython.get_ipython', lambda: shell)
         assert [type(callback) for callback in default_callbacks()] == (plain[:1] + [LiveCallback] + plain[1:] if kernel else plain)
+
+
+class Screen(StringIO):
+    "What stdout is where a person sits in front of it"
+    def isatty(self): return True
+
+
+def test_progress_in_a_terminal(make, monkeypatch):
+    "One line that is written over: epochs, time gone and left, reward"
+    screen = Screen()
+    monkeypatch.setattr('sys.stdout', screen)
+    monkeypatch.setattr('sys.stderr', screen)
+    metrics = make(epochs=3, num_steps=3, callbacks=[ProgressCallback()]).train()
+    frames = screen.getvalue().split('\r')
+    assert screen.getvalue().count('\n') == 1 and len(frames) > 3
+    assert re.search(r'training:\s+33%.* 1/3 \[\d+:\d+<\d+:\d+, .*reward -?\d\.\d{3}\]', ' '.join(frames))
+    assert '3/3' in frames[-1] and f"reward {metrics['reward/mean']:.3f}" in frames[-1]
+
+
+def test_progress_in_a_file_is_a_line_an_epoch(make, capsys):
+    make(epochs=3, num_steps=3, callbacks=[ProgressCallback()]).train()
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r'(epoch \d/3 reward -?\d+\.\d{3} loss \S+\n){3}', out) and '\r' not in out + err and 'training' not in err
 
 
 @pytest.fixture

@@ -53,6 +53,24 @@ def test_film_strip_shows_every_anchor_with_its_reward():
     assert len(axis.patches) == 2 and {'step 0', 'step 17', 'step 31', 'step 49'} <= {label.get_text() for label in axis.get_xticklabels()}
 
 
+def test_figures_in_notebooks_look_the_same_and_are_smaller():
+    strip, curves = viz.film_strip(torch.nn.functional.interpolate(torch.rand(6, 3, 4, 4), 32, mode='bicubic').clamp(0, 1)), viz.training_curves(RECORDS)
+    for figure in (strip, curves):
+        whole, small = viz.png_bytes(figure, 90), figure._repr_png_()
+        before, after = (np.asarray(Image.open(BytesIO(png)).convert('RGB')).astype(int) for png in (whole, small))
+        assert before.shape == after.shape and np.abs(before - after).max() <= 4 and len(small) < .8*len(whole)
+        assert (after[before.min(-1) == 255] == 255).all()   # white paper stays white
+
+
+def test_notebooks_show_figures_as_they_are_made_here(monkeypatch):
+    "pyplot, once imported, would draw them anew in another size"
+    from IPython.core.formatters import DisplayFormatter
+    shown = []
+    monkeypatch.setattr('IPython.display.display', shown.append)
+    figure = viz.training_curves(RECORDS)
+    assert DisplayFormatter().format(figure) == ({}, {}) and [picture.data for picture in shown] == [figure._repr_png_()]
+
+
 def test_pixels_arrive_unchanged():
     images = torch.rand(2, 3, 3, 8, 8)
     axis = Figure().subplots()
