@@ -45,6 +45,7 @@ class TrainConfig:
     step_weight: float = None          # λ of the paper: step i weighs λ^i
     log_scale: float = 1.0             # η_s of the paper: log-ratios are weighed by 1/η_s
     eta: float = 1.0                   # stochasticity of DDIM: 1 is the full noise of DDPM
+    guidance_scale: float = 0.0        # of classifier-free guidance, in sampling and training; up to 1 there is none, as few-step models want it
     queries: str = None                # pictures scored per trajectory: final, terminal, 3, 5 or all
     credit: str = None                 # paper, causal or gain
     gae_lambda: float = None           # decay of later gains, for credit=gain
@@ -111,7 +112,7 @@ ranges = {  # field -> (lowest, highest, is the lowest itself allowed)
     "num_steps": (1, 1000, True), "epochs": (1, 10**6, True), "pairs_per_epoch": (1, 10**6, True), "pairs_per_update": (1, 10**6, True),
     "micro_batch": (1, 10**6, True), "learning_rate": (0, 1, False), "weight_decay": (0, 1, True), "max_grad_norm": (0, 1e6, False),
     "clip_range": (0, 1e9, True), "advantage_clip": (0, 1e6, False), "gamma": (0, 1, True), "step_weight": (0, 10, False),
-    "log_scale": (0, 1e6, False), "eta": (0, 1, True), "gae_lambda": (0, 1, True), "buffer_size": (1, 10**6, True), "min_count": (1, 10**6, True),
+    "log_scale": (0, 1e6, False), "eta": (0, 1, True), "guidance_scale": (0, 1000, True), "gae_lambda": (0, 1, True), "buffer_size": (1, 10**6, True), "min_count": (1, 10**6, True),
     "kl_coefficient": (0, 1e6, True), "patience": (0, 10**6, True), "lora_rank": (1, 1024, True), "lora_alpha": (0, 1e6, False),
     "seed": (0, 2**63-1, True), "checkpoint_every": (1, 10**6, True), "keep_checkpoints": (1, 10**6, True), "eval_samples": (0, 10**6, True),
     "eval_seed": (0, 2**63-1, True)}

@@ -7,7 +7,8 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/mdp.html.md"""
 # %% auto #0
 __all__ = ['few_step_timesteps', 'make_ddim', 'StepCoefficients', 'step_coefficients', 'predict_x0', 'transition',
            'gaussian_log_prob', 'DenoisingStep', 'ddim_step', 'has_density', 'hash_seed', 'keyed_noise', 'pair_noise',
-           'Trajectory', 'sample_trajectories', 'mixture_denoiser', 'output_sensitivity', 'log_ratio_scales']
+           'Trajectory', 'sample_trajectories', 'mixture_denoiser', 'output_sensitivity', 'log_ratio_scales',
+           'is_consistency', 'consistency_output', 'make_sampler']
 
 # %% ../nbs/03_mdp.ipynb #1d54bad3
 import hashlib
@@ -16,7 +17,7 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
 # %% ../nbs/03_mdp.ipynb #b4b071c9
 def few_step_timesteps(
@@ -27,7 +28,8 @@ def few_step_timesteps(
     most = scheduler.config.num_train_timesteps
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= most:
         raise ValueError(f"num_steps is {num_steps!r}; give a whole number from 1 to {most}, the scheduler's training timesteps.")
-    scheduler.set_timesteps(num_steps)
+    try: scheduler.set_timesteps(num_steps)
+    except ValueError as error: raise ValueError(f"num_steps is {num_steps}, which the {type(scheduler).__name__} of this model refuses: {str(error).splitlines()[0]}") from None
     scheduler.timesteps = scheduler.timesteps[:num_steps].long()
     return scheduler.timesteps
 
@@ -70,7 +72,11 @@ class StepCoefficients(NamedTuple):
 
 # %% ../nbs/03_mdp.ipynb #eb85db54
 def _prev_alpha_bar(scheduler, alphas, timesteps, prev_timestep):
-    "ᾱ' by either convention, on the device and in the dtype of `alphas`"
+    "ᾱ' by either convention, on the device and in the dtype of `alphas`; a consistency model re-noises to the next timestep of its schedule"
+    if is_consistency(scheduler):
+        schedule = scheduler.timesteps.to(timesteps.device)
+        place = (schedule == timesteps[:, None]).long().argmax(1)
+        return torch.cat([alphas[schedule[1:]], alphas.new_ones(1)])[place]
     previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     if prev_timestep not in ("diffusers", "reference"):
         raise ValueError(f"prev_timestep is {prev_timestep!r}; use 'diffusers' or 'reference'.")
@@ -86,6 +92,7 @@ def _check_step(scheduler, timesteps, eta):
         raise ValueError("scheduler.num_inference_steps is None; call few_step_timesteps(scheduler, num_steps) first.")
     if timesteps.is_floating_point(): raise ValueError(f"timestep is of type {timesteps.dtype}; give whole numbers.")
     if not 0 <= eta <= 1: raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (as much noise as DDPM).")
+    if is_consistency(scheduler) and eta != 1: raise ValueError(f"eta is {eta}, but a consistency model always draws fresh noise; use 1.")
     most = scheduler.config.num_train_timesteps
     # looking at values on a GPU would make the host wait for it
     if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < most)).all():
@@ -105,6 +112,7 @@ def step_coefficients(
     _check_step(scheduler, timesteps, eta)
     alphas = scheduler.alphas_cumprod.to(timesteps.device, dtype)
     now, after = alphas[timesteps], _prev_alpha_bar(scheduler, alphas, timesteps, prev_timestep)
+    if is_consistency(scheduler): return StepCoefficients(now, after, (1-after)**.5)
     return StepCoefficients(now, after, eta*((1-after)/(1-now) * (1-now/after))**.5)
 
 # %% ../nbs/03_mdp.ipynb #9fd8e335
@@ -190,6 +198,7 @@ def ddim_step(
     coefficients = StepCoefficients(*(c.to(sample.device).view(-1, *[1]*(sample.ndim-1)) for c in coefficients))
     pred_x0, epsilon = predict_x0(model_output.to(dtype), sample.to(dtype), coefficients.alpha_bar, scheduler.config.prediction_type)
     if scheduler.config.clip_sample: pred_x0 = pred_x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+    if is_consistency(scheduler): pred_x0 = consistency_output(scheduler, timesteps.to(sample.device), sample.to(dtype), pred_x0)
     mean, std = transition(pred_x0, epsilon, coefficients)
     action = (_draw(mean, std, noise, generator, eta) if prev_sample is None else prev_sample).detach().to(sample.dtype)
     return DenoisingStep(action, pred_x0.to(sample.dtype), gaussian_log_prob(action.to(dtype), mean, std))
@@ -304,8 +313,9 @@ def output_sensitivity(
     "How far the mean of each step moves when the network's output moves by one, where no clipping is active"
     coefficients = step_coefficients(scheduler, timesteps, eta, prev_timestep, torch.float64)
     one = torch.ones_like(coefficients.std)
-    mean, _ = transition(*predict_x0(one, 0*one, coefficients.alpha_bar, scheduler.config.prediction_type), coefficients)
-    return mean.abs()
+    pred_x0, epsilon = predict_x0(one, 0*one, coefficients.alpha_bar, scheduler.config.prediction_type)
+    if is_consistency(scheduler): pred_x0 = consistency_output(scheduler, torch.as_tensor(timesteps).reshape(-1), 0*one, pred_x0)
+    return transition(pred_x0, epsilon, coefficients)[0].abs()
 
 # %% ../nbs/03_mdp.ipynb #f2fb9aca
 def log_ratio_scales(
@@ -323,3 +333,35 @@ def log_ratio_scales(
     slope = output_sensitivity(scheduler, timesteps, eta, prev_timestep)
     scales = torch.where(random, std/torch.where(random, slope, 1.), 0.)
     return (scales/scales[trained].mean()).float()
+
+# %% ../nbs/03_mdp.ipynb #2e838ed3
+def is_consistency(
+    scheduler,   # any scheduler
+) -> bool:
+    "Does the model step by consistency, its promise re-noised, rather than by DDIM?"
+    return isinstance(scheduler, LCMScheduler)
+
+# %% ../nbs/03_mdp.ipynb #8cfe9269
+def consistency_output(
+    scheduler: LCMScheduler,
+    timesteps: torch.Tensor,  # LongTensor `[1]` or `[B]`
+    sample: torch.Tensor,     # `[B,...]`, the noisy x
+    pred_x0: torch.Tensor,    # `[B,...]`, what the network's output says about the clean latent
+) -> torch.Tensor:            # `[B,...]`
+    "What a consistency model promises: exactly the sample at t=0, nearly the prediction everywhere else"
+    scaled = timesteps.to(pred_x0)*scheduler.config.timestep_scaling
+    data = .5   # the standard deviation of the data that `LCMScheduler` assumes
+    c_skip, c_out = data**2/(scaled**2 + data**2), scaled/(scaled**2 + data**2)**.5
+    return c_skip.view(-1, *[1]*(sample.ndim-1))*sample + c_out.view(-1, *[1]*(sample.ndim-1))*pred_x0
+
+# %% ../nbs/03_mdp.ipynb #49ec6fde
+def make_sampler(
+    scheduler,            # the scheduler of a pipeline
+    num_steps: int=None,  # T; None leaves the timesteps unset
+):                        # `LCMScheduler` for a consistency model, else `DDIMScheduler`
+    "The stochastic sampler that fits a pipeline; raises ValueError where there is none"
+    if not is_consistency(scheduler): return make_ddim(scheduler, num_steps)
+    _check_config(scheduler.config, type(scheduler).__name__)
+    sampler = LCMScheduler.from_config(scheduler.config)
+    if num_steps is not None: few_step_timesteps(sampler, num_steps)
+    return sampler

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,19 +30,21 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from .mdp import make_ddim, sample_trajectories
+from .mdp import make_sampler, sample_trajectories
 
 # %% ../nbs/02_models.ipynb #8062d6c6
 class Policy:
     "A text-to-image pipeline as a policy: the state is (prompt, timestep, noisy latent), the output a denoising prediction."
     def __init__(self,
-        pipeline, # a loaded `StableDiffusionPipeline`
+        pipeline, # a loaded pipeline of the class that this policy drives
         name: str = "pipeline", # how reports call it
     ):
         self.pipeline, self.name = pipeline, name
         self.unet, self.vae = pipeline.unet, pipeline.vae
-        for module in (self.unet, self.vae, pipeline.text_encoder): module.requires_grad_(False).eval()
-        self.scheduler = make_ddim(pipeline.scheduler)
+        text_encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
+        for module in (self.unet, self.vae, *text_encoders): module.requires_grad_(False).eval()
+        self.scheduler = make_sampler(pipeline.scheduler)
+        self.guidance_scale = 0.0  # of classifier-free guidance; up to 1 there is none
         self.forward_module = self.unet  # the trainer puts the distributed wrapper of the UNet here
         self._embedded_prompts = {}
 
@@ -51,7 +54,7 @@ class Policy:
     def device(self): return next(self.unet.parameters()).device  # now, and cheaply: `unet.device` walks every module
 
     @property
-    def dtype(self): return next(self.vae.parameters()).dtype  # the LoRA weights inside the UNet may be wider than its own
+    def dtype(self): return self.unet.conv_in.weight.dtype  # its LoRA weights may be wider, and so may the VAE
 
     @property
     def own_scheduler(self): return self.pipeline.scheduler
@@ -65,7 +68,8 @@ class Policy:
 
 # %% ../nbs/02_models.ipynb #da219d04
 embedded_policies = {"tiny": "tiny"} # name -> folder inside the package's `assets`
-policy_classes = {"StableDiffusionPipeline": Policy} # diffusers class -> the policy that drives it
+policy_classes = {"StableDiffusionPipeline": Policy, # diffusers class -> the policy that drives it, or where to find it
+                  "StableDiffusionXLPipeline": "sdpo_nb.families:SDXLPolicy", "LatentConsistencyModelPipeline": "sdpo_nb.families:ConsistencyPolicy"}
 precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # %% ../nbs/02_models.ipynb #9d41c650
@@ -156,7 +160,8 @@ def load_policy(
         with explained_failure(source): pipeline = DiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False)
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), precisions[precision])
     pipeline.set_progress_bar_config(disable=True)
-    return policy_classes[class_name](pipeline, str(name_or_path))
+    kind = policy_classes[class_name]
+    return (resolve_name(kind) if isinstance(kind, str) else kind)(pipeline, str(name_or_path))
 
 # %% ../nbs/02_models.ipynb #bc779acf
 @dataclass
@@ -198,7 +203,8 @@ def embed(self: Policy,
         raise ValueError(f"prompts={prompts!r} must be a list with at least one string: write ['a prompt'].")
     for prompt in prompts:
         if prompt not in self._embedded_prompts: self._embedded_prompts[prompt] = self.encode(prompt)
-    return PromptEmbedding.cat([self._embedded_prompts[prompt] for prompt in prompts])
+    embedded = [self._embedded_prompts[prompt] for prompt in prompts]
+    return type(embedded[0]).cat(embedded)
 
 # %% ../nbs/02_models.ipynb #b3fe41eb
 @patch
@@ -209,6 +215,19 @@ def conditioning(self: Policy,
     return dict(encoder_hidden_states=embedding.prompt_embeds)
 
 # %% ../nbs/02_models.ipynb #78e23c1d
+@patch(as_prop=True)
+def guided(self: Policy) -> bool:
+    "Is the network called twice, with the prompt and without?"
+    return self.guidance_scale > 1
+
+@patch
+def unconditional(self: Policy,
+    embedding: PromptEmbedding, # of B prompts
+) -> PromptEmbedding: # of B empty ones
+    "What guidance leads away from."
+    return self.embed([""])[[0]*len(embedding)]
+
+# %% ../nbs/02_models.ipynb #3637b262
 @patch
 def predict(self: Policy,
     latents: torch.Tensor, # [B,C,H,W], any float type
@@ -218,7 +237,12 @@ def predict(self: Policy,
     "The UNet's output at a state; differentiable with respect to whatever is trainable."
     if isinstance(timestep, torch.Tensor): timestep = timestep.to(self.device)
     latents = latents.to(self.device, self.dtype)
-    return self.forward_module(latents, timestep, **self.conditioning(embedding), return_dict=False)[0].float()
+    if not self.guided: return self.forward_module(latents, timestep, **self.conditioning(embedding), return_dict=False)[0].float()
+    both = type(embedding).cat([self.unconditional(embedding), embedding])
+    if isinstance(timestep, torch.Tensor) and timestep.ndim: timestep = timestep.repeat(2)
+    output = self.forward_module(latents.repeat(2, 1, 1, 1), timestep, **self.conditioning(both), return_dict=False)[0].float()
+    without, with_prompt = output.chunk(2)
+    return without + self.guidance_scale * (with_prompt - without)
 
 # %% ../nbs/02_models.ipynb #3c3f605f
 @patch
@@ -230,7 +254,7 @@ def decode(self: Policy,
     config = self.vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
     def decode_batch(batch): return self.vae.decode(batch / config.scaling_factor + shift, return_dict=False)[0]
-    batches = latents.to(self.device, self.dtype).split(batch_size)
+    batches = latents.to(self.device, self.vae.dtype).split(batch_size)
     return (torch.cat([decode_batch(batch).float() for batch in batches]) / 2 + 0.5).clamp(0, 1)
 
 # %% ../nbs/02_models.ipynb #2b1afb4d
@@ -255,7 +279,7 @@ def sample_ddim(self: Policy,
     "The end of the trajectories that training would collect."
     embedding, noises = self.embed(prompts), seeded_noise(generators, num_steps, self.latent_shape).to(self.device)
     def predict(latents, timestep): return self.predict(latents, timestep, embedding)
-    return sample_trajectories(predict, make_ddim(self.scheduler, num_steps), latents, noises, eta=eta).final_sample
+    return sample_trajectories(predict, make_sampler(self.scheduler, num_steps), latents, noises, eta=eta).final_sample
 
 # %% ../nbs/02_models.ipynb #a55f65b5
 @patch
@@ -265,8 +289,8 @@ def sample_own(self: Policy,
     num_steps: int, # T
     generators: list[torch.Generator], # one per sample, for schedulers that draw noise
 ) -> torch.Tensor: # final latents [B,C,H,W]
-    "The stock pipeline, called as its users call it: its own scheduler, no guidance."
-    return self.pipeline(prompts, num_inference_steps=num_steps, guidance_scale=0.0, latents=latents.to(self.dtype),
+    "The stock pipeline, called as its users call it, with its own scheduler."
+    return self.pipeline(prompts, num_inference_steps=num_steps, guidance_scale=self.guidance_scale, latents=latents.to(self.dtype),
                          generator=generators, output_type="latent").images
 
 # %% ../nbs/02_models.ipynb #4ff27a45
@@ -284,7 +308,7 @@ def sample(self: Policy,
     return_latents: bool = False, # True: the final latents [B,C,H,W] instead of images
 ) -> torch.Tensor: # images [B,3,height,width], float32 in [0,1]
     "Pictures for prompts. Raises `ValueError` where prompts, seeds, noise or steps are impossible or do not match."
-    make_ddim(self.scheduler, num_steps), self.embed(prompts)  # refuse impossible steps and prompts before any work
+    make_sampler(self.scheduler, num_steps), self.embed(prompts)  # refuse impossible steps and prompts before any work
     seeds = torch.randint(2**31, (len(prompts),)).tolist() if seeds is None else list(seeds)
     for name, given in (("seeds", seeds), ("initial_noise", seeds if initial_noise is None else initial_noise)):
         if len(given) != len(prompts): raise ValueError(f"{name} has length {len(given)} for {len(prompts)} prompts: give one per prompt.")
