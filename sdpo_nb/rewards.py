@@ -9,7 +9,7 @@ __all__ = ['rewards', 'assets', 'networks', 'Reward', 'reward_name', 'check_imag
            'FunctionReward', 'needs_images', 'build_reward', 'MixedReward', 'parse_mixture', 'unknown_reward',
            'get_reward', 'jpeg_kilobytes', 'jpeg_incompressibility', 'jpeg_compressibility', 'colorfulness', 'warmth',
            'AestheticModel', 'AlignmentModel', 'load_network', 'load_text_encoder', 'world_sized', 'ShapesAesthetic',
-           'ShapesAlignment']
+           'ShapesAlignment', 'large_reward']
 
 # %% ../nbs/05_rewards.ipynb #ab861e6e
 import difflib
@@ -87,14 +87,15 @@ def checked(
 
 # %% ../nbs/05_rewards.ipynb #5b76d232
 rewards = {} # name -> a reward, or what makes one
+_reward_name = r"[^\W\d]\w*(?:\.\w+)*" # letters, digits and underscores, and dots between them
 
 # %% ../nbs/05_rewards.ipynb #67f29c51
 def register_reward(
-    name: str, # how command lines and mixtures call it: letters, digits, underscores
+    name: str, # how command lines and mixtures call it: letters, digits, underscores, and dots between them
     source: Callable=None, # a reward, or a class or function that makes one; without it, this is a decorator
 ) -> Callable: # `source`, unchanged
     "Enter a reward into `rewards`; a second one under the same name replaces the first. Raises `ValueError` for an unusable name or source."
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not re.fullmatch(_reward_name, name):
         raise ValueError(f"name={name!r} cannot name a reward: give a text of letters, digits and underscores, as in @register_reward('my_reward').")
     def register(source):
         if not callable(source): raise ValueError(f"the source of reward {name!r} is of type {type(source).__name__}: give a function of images and prompts, or a class.")
@@ -164,7 +165,7 @@ class MixedReward:
     def __repr__(self): return f"MixedReward({self.weights})"
 
 # %% ../nbs/05_rewards.ipynb #feb193fc
-_mixture_term = re.compile(r"\s*([+-]?)\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?([^\W\d]\w*)\s*")
+_mixture_term = re.compile(r"\s*([+-]?)\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?" + rf"({_reward_name})\s*")
 
 def parse_mixture(
     text: str, # as in "0.7*shapes_aesthetic+0.3*shapes_alignment"
@@ -343,3 +344,15 @@ class ShapesAlignment:
     def __call__(self, images, prompts):
         captions = self.embed_captions(prompts).to(images.device)
         return 10*(self.model.to(images.device).embed_images(world_sized(images))*captions).sum(1)
+
+# %% ../nbs/05_rewards.ipynb #619d7476
+def large_reward(
+    name: str, # in `sdpo_nb.scorers.scorers`
+) -> Callable: # what makes it, from that reward's own options
+    "Put off the import of a large reward until it is asked for."
+    def make(**options):
+        from sdpo_nb import scorers
+        return build_reward(scorers.scorers[name], name, options)
+    return make
+
+for name in ("aesthetic", "imagereward", "hpsv2", "hpsv2.1", "pickscore", "clipscore"): register_reward(name, large_reward(name))
