@@ -6,7 +6,7 @@
 
 Each line first runs `--epochs` epochs undisturbed (the seconds), then one with a clock around every call of network, decoder
 and reward (the shares; clocks wait for a GPU to finish, so they are not used for the seconds), and one under a counter of
-floating-point operations. `of peak` divides the operations by the time in which the network ran and by what a plain matrix
+floating-point operations. On a CPU the clocks count processor time, which other programs on the machine disturb little. `of peak` divides the operations by the time in which the network ran and by what a plain matrix
 product reaches on the same machine in the same run. One JSON line a row goes to `--output`.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import resource
+import statistics
 import tempfile
 import time
 from contextlib import contextmanager
@@ -31,53 +32,58 @@ from sdpo_nb.trainer import Trainer, versions
 results = Path(__file__).parent / "results"
 
 
-def wait(device):
-    if device.type == "cuda": torch.cuda.synchronize(device)
+def now(device) -> float:
+    "Seconds on a clock that fits the device: of the wall once a GPU is idle, of the processor without one"
+    if device.type != "cuda": return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Clock:
     "Seconds spent inside some functions, by name; what is called inside a timed call counts for the outer one only"
-    def __init__(self, device): self.device, self.seconds, self.inside = device, {}, False
+    def __init__(self, device): self.device, self.seconds, self.inside, self.phase = device, {}, False, None
 
     def timed(self, function, name):
         def run(*args, **options):
             if self.inside: return function(*args, **options)
-            wait(self.device)
-            started, self.inside = time.perf_counter(), True
+            started, self.inside = now(self.device), True
             try: return function(*args, **options)
             finally:
-                wait(self.device)
                 self.inside, label = False, name() if callable(name) else name
-                self.seconds[label] = self.seconds.get(label, 0.) + time.perf_counter() - started
+                self.seconds[label] = self.seconds.get(label, 0.) + now(self.device) - started
         return run
 
 
 @contextmanager
 def clocks(trainer):
     "A clock around network, gradient, decoder and reward of a trainer"
-    clock, policy = Clock(trainer.policy.device), trainer.policy
-    reward = trainer.reward
-    policy.predict = clock.timed(policy.predict, lambda: "unet, training" if torch.is_grad_enabled() else "unet, sampling")
+    clock, policy, reward = Clock(trainer.policy.device), trainer.policy, trainer.reward
+
+    def in_phase(function, phase):
+        def run(*args):
+            clock.phase = phase
+            return function(*args)
+        return run
+    trainer.rollout, trainer.update = in_phase(trainer.rollout, "sampling"), in_phase(trainer.update, "training")
+    policy.predict = clock.timed(policy.predict, lambda: f"unet, {clock.phase}")
     policy.decode = clock.timed(policy.decode, "decode")
     trainer.accelerator.backward = clock.timed(trainer.accelerator.backward, "unet, training")
     trainer.reward = clock.timed(reward, "reward")
     trainer.reward.name = reward.name
     try: yield clock
     finally:
-        for owner, name in ((policy, "predict"), (policy, "decode"), (trainer.accelerator, "backward")): delattr(owner, name)
+        for owner, name in ((policy, "predict"), (policy, "decode"), (trainer.accelerator, "backward"), (trainer, "rollout"), (trainer, "update")): delattr(owner, name)
         trainer.reward = reward
 
 
-def matrix_rate(device, dtype, size=2048, repeats=8) -> float:
+def matrix_rate(device, dtype, size=2048, repeats=20) -> float:
     "Floating-point operations per second of plain matrix products"
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
-        wait(device)
-        started = time.perf_counter()
+        started = now(device)
         a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, now(device) - started)
     return 2*size**3/best
 
 
@@ -94,7 +100,7 @@ def epoch(trainer):
     return rollout
 
 
-def measure(policy, config, epochs) -> dict:
+def measure(policy, config, epochs, rate) -> dict:
     "One row"
     trainer = Trainer(policy, config.reward, config.prompts, config, callbacks=[])
     device = policy.device
@@ -102,28 +108,25 @@ def measure(policy, config, epochs) -> dict:
     epoch(trainer)  # the first one warms up
     times = []
     for _ in range(epochs):
-        wait(device)
-        started = time.perf_counter()
+        started, wall = now(device), time.perf_counter()
         epoch(trainer)
-        wait(device)
-        times.append(time.perf_counter() - started)
-    seconds = min(times)
+        times.append((now(device) - started, time.perf_counter() - wall))
+    seconds, walls = [statistics.median(column) for column in zip(*times)]
     memory = peak_memory(device)
     with clocks(trainer) as clock:
-        started = time.perf_counter()
+        started = now(device)
         rollout = epoch(trainer)
-        clocked = time.perf_counter() - started
-    with FlopCounterMode(display=False) as sampling: trainer.rollout(1000)
+        clocked = now(device) - started
+    with FlopCounterMode(display=False) as sampling: rollout = trainer.rollout(1000)
     with FlopCounterMode(display=False) as training: trainer.update(rollout, 1000)
     shares = {name: clock.seconds.get(name, 0.)/clocked for name in ("unet, sampling", "unet, training", "decode", "reward")}
     shares["everything else"] = 1 - sum(shares.values())
-    rate = matrix_rate(device, policy.dtype)
     trajectories, steps = rollout.log_prob.shape[0]*rollout.log_prob.shape[1], config.num_steps
     with FlopCounterMode(display=False) as decoding: trainer.score(rollout, 1000)
     of_peak = {"sampling": (sampling.get_total_flops() - decoding.get_total_flops())/(clock.seconds["unet, sampling"]*rate),
                "training": training.get_total_flops()/(clock.seconds["unet, training"]*rate)}
-    return {"seconds_per_epoch": seconds, "spread": max(times) - seconds, "sampled_steps_per_second": trajectories*steps/trainer.seconds["sample"],
-            "trained_steps_per_second": trajectories*len(trainer.trained_steps)/trainer.seconds["train"], "shares": shares,
+    return {"seconds_per_epoch": seconds, "wall_seconds_per_epoch": walls, "all_seconds": times, "sampled_steps_per_second": trajectories*steps/clock.seconds["unet, sampling"],
+            "trained_steps_per_second": trajectories*len(trainer.trained_steps)/clock.seconds["unet, training"], "shares": shares,
             "flops": {"rollout": sampling.get_total_flops(), "update": training.get_total_flops()}, "matrix_flops_per_second": rate,
             "of_peak": of_peak, "peak_memory_gb": memory, "optimizer_steps_per_epoch": trainer.counts["optimizer_steps"]/trainer.counts["epoch"]}
 
@@ -144,12 +147,13 @@ def main():
     print(f"{'recipe':<11}{'precision':<10}{'micro':>6}{'s/epoch':>9}" + "".join(f"{name:>16}" for name in ("unet, sampling", "unet, training", "decode", "reward", "everything else")) + f"{'of peak':>14}{'GB':>7}")
     for precision in given.precision:
         policy = load_policy(given.policy, precision=precision)
+        rate = matrix_rate(policy.device, policy.dtype)
         for recipe in given.recipes:
             for micro in given.micro_batch:
                 with tempfile.TemporaryDirectory() as folder:
                     config = resolve(TrainConfig(policy=given.policy, recipe=recipe, reward=given.reward, precision=precision, micro_batch=micro, num_steps=given.num_steps,
                                                  pairs_per_epoch=given.pairs_per_epoch, pairs_per_update=given.pairs_per_update, output_dir=f"{folder}/run"))
-                    row = measure(policy, config, given.epochs)
+                    row = measure(policy, config, given.epochs, rate)
                 print(f"{recipe:<11}{precision:<10}{micro:>6}{row['seconds_per_epoch']:>9.2f}" + "".join(f"{share:>16.1%}" for share in row["shares"].values())
                       + f"{row['of_peak']['sampling']:>7.0%}{row['of_peak']['training']:>7.0%}{row['peak_memory_gb']:>7.1f}", flush=True)
                 device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
