@@ -118,12 +118,12 @@ def sample_and_judge(
     num_steps: int,     # T
     kept: list,         # which pictures to keep, ascending
     judging: dict,      # `rewards` and `oracle` of `judge`
-    batch_size: int,    # how many at a time
+    batch_size: int,    # how many at a time, at most: fewer where pictures are large
     **sampler,          # `eta` and `own_scheduler` of `Policy.sample`
 ) -> dict:              # as `judge`, `[n,...]`, and the kept `pictures` `[k,3,h,w]`
     "Sample the pairs at one number of steps and keep what is needed of them"
     height, width = (side*policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:])
-    batches, pictures = [], []
+    batches, pictures, batch_size = [], [], min(batch_size, max(1, 2*decoded_pixels//(height*width)))
     for chosen in torch.arange(len(pairs[0])).split(batch_size):
         prompts, seeds = ([column[index] for index in chosen] for column in pairs)
         latents = policy.sample(prompts, num_steps, seeds=seeds, batch_size=batch_size, return_latents=True, **sampler)
@@ -213,7 +213,7 @@ def step_generalization(
     seed: int = 0,               # of the noise
     eta: float = 1.0,            # of DDIM; the pipeline's own scheduler goes by its own rules
     own_scheduler: bool = False, # True: the stock pipeline, as its users call it
-    batch_size: int = 128,       # how many pairs at a time; has no influence on the pairs
+    batch_size: int = 128,       # how many pairs at a time, at most; has no influence on the pairs
     other_rewards: dict = None,  # label -> reward, to be watched
 ) -> StepEvaluation:
     "Reward, agreement and diversity by number of sampling steps, on fixed pairs. Raises `ValueError` for impossible requests"

@@ -6,11 +6,13 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/models.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_policies', 'policy_classes', 'precisions', 'Policy', 'policy_folder', 'check_weight_files', 'loading_error',
-           'quiet_loading', 'explained_failure', 'load_policy', 'PromptEmbedding', 'seeded_noise', 'sort_header']
+           'quiet_loading', 'explained_failure', 'load_policy', 'PromptEmbedding', 'load_small_vae', 'seeded_noise',
+           'sort_header']
 
 # %% ../nbs/02_models.ipynb #3f404574
 import json
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,7 +21,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
@@ -46,6 +48,7 @@ class Policy:
         self.scheduler = make_sampler(pipeline.scheduler)
         self.guidance_scale = 0.0  # of classifier-free guidance; up to 1 there is none
         self.forward_module = self.unet  # the trainer puts the distributed wrapper of the UNet here
+        self.original = None  # the UNet's weights before training, by name, where the whole of it is trained
         self._embedded_prompts = {}
 
     def __repr__(self): return f"Policy({self.name!r}, latents {self.latent_shape}, {self.dtype}, {self.device})"
@@ -249,13 +252,26 @@ def predict(self: Policy,
 def decode(self: Policy,
     latents: torch.Tensor, # [B,C,H,W], clean latents
     batch_size: int = 64, # how many at a time, to bound the memory
+    vae=None, # another decoder of the same latents, such as an `AutoencoderTiny`; None: the pipeline's own
 ) -> torch.Tensor: # images [B,3,height,width], float32 in [0,1]
     "Latents to pictures, as the stock pipeline does it."
-    config = self.vae.config
+    vae = vae or self.vae
+    config = vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
-    def decode_batch(batch): return self.vae.decode(batch / config.scaling_factor + shift, return_dict=False)[0]
-    batches = latents.to(self.device, self.vae.dtype).split(batch_size)
+    def decode_batch(batch): return vae.decode(batch / config.scaling_factor + shift, return_dict=False)[0]
+    batches = latents.to(self.device, vae.dtype).split(batch_size)
     return (torch.cat([decode_batch(batch).float() for batch in batches]) / 2 + 0.5).clamp(0, 1)
+
+# %% ../nbs/02_models.ipynb #fcdb919c
+def load_small_vae(
+    name_or_path: str | os.PathLike, # a folder or hub id of an `AutoencoderTiny`
+    policy: Policy, # whose latents it has to decode
+) -> AutoencoderTiny: # frozen, on the policy's device, in its precision
+    "A small decoder. Raises `OSError` where it cannot be loaded and `ValueError` where it does not fit."
+    with quiet_loading(), explained_failure(str(name_or_path)): vae = AutoencoderTiny.from_pretrained(str(name_or_path))
+    if (vae.config.latent_channels, 2**(len(vae.config.decoder_block_out_channels) - 1)) != (policy.latent_shape[0], policy.pipeline.vae_scale_factor):
+        raise ValueError(f"reward_vae={str(name_or_path)!r} decodes other latents than those of {policy.name!r}: give one with {policy.latent_shape[0]} channels and {policy.pipeline.vae_scale_factor} pixels to a latent.")
+    return vae.to(policy.device, policy.dtype).requires_grad_(False).eval()
 
 # %% ../nbs/02_models.ipynb #2b1afb4d
 def seeded_noise(
@@ -329,8 +345,12 @@ def has_lora(self: Policy) -> bool:
 # %% ../nbs/02_models.ipynb #173af153
 @patch
 def remove_lora(self: Policy):
-    "Back to the original model; the LoRA weights are lost."
-    if self.has_lora: self.unet.delete_adapters("default")
+    "Back to the original model; the weights of its LoRAs, and all others that were trained, are lost."
+    if self.original is not None:
+        for name, parameter in self.unet.named_parameters(): parameter.data = self.original[name].to(parameter.device)
+        self.unet.requires_grad_(False)
+        self.original = None
+    for name in list(getattr(self.unet, "peft_config", {})): self.unet.delete_adapters(name)
 
 # %% ../nbs/02_models.ipynb #4251c75a
 @patch
@@ -361,10 +381,54 @@ def trainable_parameters(self: Policy) -> dict[str, torch.nn.Parameter]: # by na
 @contextmanager
 def without_lora(self: Policy):
     "The original model inside the `with` block: the reference policy."
+    trained = None if self.original is None else {name: parameter.data for name, parameter in self.unet.named_parameters()}
+    def put(weights):  # changes what a parameter refers to, not the numbers: a graph that waits for its backward pass does not notice
+        for name, parameter in self.unet.named_parameters(): parameter.data = weights[name].to(parameter.device)
     if self.has_lora: self.unet.disable_adapters()
+    if trained: put(self.original)
     try: yield self
     finally:
         if self.has_lora: self.unet.enable_adapters()
+        if trained: put(trained)
+
+# %% ../nbs/02_models.ipynb #56d8551e
+@patch
+def train_whole(self: Policy) -> Policy: # itself
+    "Make every weight of the UNet trainable, in place of a LoRA; as it is now it stays available by `without_lora` and `remove_lora`."
+    self.remove_lora()
+    self.original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.unet.named_parameters()}
+    self.unet.requires_grad_(True)
+    return self
+
+# %% ../nbs/02_models.ipynb #9956087d
+@patch
+def save_whole(self: Policy,
+    folder: str | os.PathLike, # an earlier UNet in it is replaced
+) -> Path: # the folder
+    "Save the UNet for `UNet2DConditionModel.from_pretrained(folder)`."
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as unfinished:
+        self.unet.save_pretrained(Path(unfinished)/"unet")
+        if folder.exists(): shutil.rmtree(folder)
+        return (Path(unfinished)/"unet").replace(folder)
+
+# %% ../nbs/02_models.ipynb #474c84ef
+@patch
+@torch.no_grad()
+def load_whole(self: Policy,
+    folder: str | os.PathLike, # from `save_whole`
+    scale: float = 1.0, # how far to go from the original weights to these
+) -> Policy: # itself
+    "Replace the UNet's weights by saved ones. Raises `OSError` or `ValueError` where that is impossible."
+    check_weight_files(Path(folder))
+    with quiet_loading(), explained_failure(str(folder)): weights = type(self.unet).from_pretrained(str(folder)).state_dict()
+    self.train_whole()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: tensor.shape for name, tensor in self.original.items()}:
+        self.remove_lora()
+        raise ValueError(f"The UNet at {str(folder)!r} has other weights than that of {self.name!r}: give one that was trained from it.")
+    for name, parameter in self.unet.named_parameters(): parameter.data = torch.lerp(self.original[name].float(), weights[name].float(), scale).to(parameter)
+    return self
 
 # %% ../nbs/02_models.ipynb #be166a33
 @patch
@@ -421,6 +485,7 @@ def save_lora(self: Policy,
 def load_lora(self: Policy,
     folder_or_file: str | os.PathLike, # from `save_lora`, or any diffusers LoRA of the UNet
     scale: float = 1.0, # how much of it
+    name: str = "default", # another name puts it beside those that are there: their effects add up
 ) -> Policy: # itself
     "Replace the policy's LoRA by a saved one, ready to be trained on. Raises `OSError` or `ValueError` where that is impossible."
     source = Path(folder_or_file).expanduser()
@@ -429,12 +494,13 @@ def load_lora(self: Policy,
     with explained_failure(str(source)): state, alphas, metadata = self.pipeline.lora_state_dict(str(source), return_lora_metadata=True)
     if not state or not all(key.startswith("unet.") for key in state):
         raise ValueError(f"The LoRA at {str(source)!r} does not belong to a UNet alone: only UNet LoRAs can be trained here.")
-    self.remove_lora()
-    self.pipeline.load_lora_into_unet(state, alphas, self.unet, adapter_name="default", metadata=metadata, _pipeline=self.pipeline)
+    if name == "default": self.remove_lora()
+    self.pipeline.load_lora_into_unet(state, alphas, self.unet, adapter_name=name, metadata=metadata, _pipeline=self.pipeline)
+    self.unet.set_adapters(list(self.unet.peft_config))
     cast_training_params(self.unet, dtype=torch.float32)
     weights = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     if not any("lora_A" in key for key in weights): weights = convert_unet_state_dict_to_peft(weights)
-    set_peft_model_state_dict(self.unet, weights, "default")  # once more: a half-precision UNet had them rounded
-    for name, parameter in self.trainable_parameters().items():
-        if "lora_B" in name: parameter.data.mul_(scale)
+    set_peft_model_state_dict(self.unet, weights, name)  # once more: a half-precision UNet had them rounded
+    for key, parameter in self.unet.named_parameters():
+        if f"lora_B.{name}." in key: parameter.data.mul_(scale)
     return self

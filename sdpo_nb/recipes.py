@@ -28,6 +28,8 @@ class Recipe:
     train_last_step: bool = True         # False leaves out the step whose noise no predicted picture can see
     log_ratio_scale: str = "none"        # "per_step" makes the log-ratios of all steps equally sensitive to the network
     prev_timestep: str = "diffusers"     # where a step lands: "diffusers" as DDIMScheduler.step, "reference" as the public SDPO code
+    beta: float = .1                     # how sharply a margin counts, for the loss "preference"
+    settings: str = "TrainConfig"        # the class of the settings that go with it
 
 # %% ../nbs/20_recipes.ipynb #701a845f
 recipes = {
@@ -42,6 +44,8 @@ recipes = {
                    loss="trajectory_difference"),
 }
 recipes["rebel"] = replace(recipes["prdp"], clip_range=0.)
+recipes["spo"] = replace(recipes["d3po"], beta=10., settings="SPOConfig")  # sampling and comparing: `sdpo_nb.spo`
+recipes["lasro"] = replace(recipes["ddpo"], sampling="independent_pair", settings="LaSROConfig")  # no policy gradient at all: `sdpo_nb.lasro`
 
 # %% ../nbs/20_recipes.ipynb #1046ae35
 def register_recipe(

@@ -12,7 +12,7 @@ __all__ = ['colors', 'markers', 'axis_names', 'curve_names', 'from_zero', 'capti
            'draw_before_after', 'diversity_curve', 'draw_gain', 'step_curves', 'save_figure', 'html_table',
            'html_figure', 'curves_text', 'comparison_text', 'evaluation_section', 'curves_section', 'pictures_section',
            'short_value', 'config_section', 'section', 'run_title', 'write_report', 'markdown_table', 'loading_code',
-           'card_header', 'card_results', 'model_card']
+           'on_hub', 'base_licence', 'card_header', 'card_results', 'model_card', 'push_run']
 
 # %% ../nbs/12_viz.ipynb #41d9263e
 import base64
@@ -21,9 +21,12 @@ import textwrap
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import hf_hub_url
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -607,22 +610,47 @@ def markdown_table(
 def loading_code(
     policy: str,     # of the configuration
     num_steps: int,  # of the configuration
+    guidance_scale: float = 0.,  # of the configuration
+    lora: str = "lora",          # where it is: the run's folder, or a hub id
+    whole: bool = False,         # is it a whole UNet?
 ) -> str:
-    "How to use the LoRA, as Python"
-    packaged = policy == "tiny"
+    "How to use the LoRA, or the UNet, as Python"
+    packaged, note = policy == "tiny", "   # this folder's lora/" if lora == "lora" else ""
+    place = '"unet"' if lora == "lora" else f'"{lora}", subfolder="unet"'
+    load = f"pipe.unet = UNet2DConditionModel.from_pretrained({place})" if whole else f'pipe.load_lora_weights("{lora}"){note}'
     source, import_line = ('policy_folder("tiny")', "from sdpo_nb.models import policy_folder\n") if packaged else (repr(policy), "")
-    return (f"from diffusers import AutoPipelineForText2Image\n{import_line}\npipe = AutoPipelineForText2Image.from_pretrained({source})\n"
-            f'pipe.load_lora_weights("lora")   # this folder\'s lora/\n'
-            f'image = pipe("a prompt", num_inference_steps={num_steps}, guidance_scale=0.0).images[0]')
+    return (f"from diffusers import AutoPipelineForText2Image{', UNet2DConditionModel' if whole else ''}\n{import_line}\npipe = AutoPipelineForText2Image.from_pretrained({source})\n"
+            f"{load}\n"
+            f'image = pipe("a prompt", num_inference_steps={num_steps}, guidance_scale={float(guidance_scale)}).images[0]')
 
 # %% ../nbs/12_viz.ipynb #4d40d5dc
-def card_header(
+def on_hub(
     policy: str,  # of the configuration
+) -> bool:
+    "Is it the name of a model on the hub, rather than a folder?"
+    return policy.count("/") == 1 and not policy.startswith((".", "/", "~")) and not Path(policy).exists()
+
+def base_licence(
+    policy: str,  # of the configuration
+) -> dict:        # `license`, and where they are given `license_name` and `license_link`; empty where the card cannot be read or does not say
+    "The licence of a base model, as its card tells it"
+    if policy == "tiny": return {"license": "apache-2.0"}
+    try:
+        if on_hub(policy):
+            with urlopen(hf_hub_url(policy, "README.md"), timeout=5) as answer: card = answer.read().decode()
+        else: card = (Path(policy).expanduser()/"README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(card.split("---\n")[1])
+        return {name: header[name] for name in ("license", "license_name", "license_link") if name in header}
+    except Exception: return {}   # without network, card or header, whatever is raised: then the licence is unknown
+
+# %% ../nbs/12_viz.ipynb #c53014ec
+def card_header(
+    policy: str,          # of the configuration
+    licence: dict=None,   # see `base_licence`
 ) -> str:
     "The part that model hubs read"
-    on_hub = policy.count("/") == 1 and not policy.startswith((".", "/", "~"))
-    return "\n".join(["---", *([f"base_model: {policy}"] if on_hub else []), "library_name: diffusers", "pipeline_tag: text-to-image", "tags:",
-                      "- lora", "- reinforcement-learning", "- sdpo_nb", "---"])
+    return "\n".join(["---", *([f"base_model: {policy}"] if on_hub(policy) else []), *(f"{name}: {value}" for name, value in (licence or {}).items()),
+                      "library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- reinforcement-learning", "- sdpo_nb", "---"])
 
 # %% ../nbs/12_viz.ipynb #047cae37
 def card_results(
@@ -646,17 +674,19 @@ def model_card(
     if missing: raise ValueError(f"{str(folder/'config.json')!r} lacks {missing[0]}; give the folder of a run of sdpo_nb.")
     policy, shown = config["policy"], ("recipe", "reward", "prompts", "num_steps", "epochs", "pairs_per_epoch", "learning_rate", "lora_rank", "seed")
     details = markdown_table([("field", [name for name in shown if name in config]), ("value", [short_value(config[name]) for name in shown if name in config])])
-    return f"""{card_header(policy)}
+    licence, lora, whole = base_licence(policy), config.get("push_to_hub") or "lora", config.get("lora_rank") == 0
+    bound = f"(`{licence.get('license_name', licence['license'])}`)" if "license" in licence else "(unknown here: look for it where the model comes from)"
+    return f"""{card_header(policy, licence)}
 
 # {policy}, trained for {config['reward']}
 
-A LoRA for the UNet of `{policy}`, trained with the recipe `{config['recipe']}` of
+{"The UNet" if whole else "A LoRA for the UNet"} of `{policy}`, trained with the recipe `{config['recipe']}` of
 [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb) (Stepwise Diffusion Policy Optimization, [arXiv 2411.11727](https://arxiv.org/abs/2411.11727)) to raise the reward `{config['reward']}`.
 
 ## Use
 
 ```python
-{loading_code(policy, config['num_steps'])}
+{loading_code(policy, config['num_steps'], config.get('guidance_scale', 0.), lora, whole)}
 ```
 
 ## Results
@@ -674,5 +704,23 @@ The whole configuration is in `config.json`, the course of the training in `metr
 ## Limits
 
 The reward stands for what we want and is not the same. Where it rises while agreement or diversity falls, the model has learnt to please the
-reward rather than the prompt. The weights change `{policy}` and nothing else: its licence, its limits and its biases hold for them too.
+reward rather than the prompt. The weights change `{policy}` and nothing else: its licence {bound}, its limits and its biases hold for them too.
 """
+
+# %% ../nbs/12_viz.ipynb #e93e1482
+def push_run(
+    run_folder,       # of a finished run
+    repository: str,  # owner/name; made where it does not exist
+):
+    "Upload a run's LoRA, card, report and numbers. Raises `OSError` where that fails; nothing is lost then"
+    from huggingface_hub import HfApi
+    folder, api = Path(run_folder), HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        if (folder/"lora").is_dir(): api.upload_folder(repo_id=repository, folder_path=folder/"lora", commit_message="LoRA")
+        else: api.upload_folder(repo_id=repository, folder_path=folder/"unet", path_in_repo="unet", commit_message="UNet")
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Card, report and numbers",
+                          allow_patterns=["README.md", "report.html", "*.json", "metrics.jsonl", "pictures/*.png"])
+    except Exception as error:
+        raise OSError(f"The run in {str(folder)!r} is finished, but could not be sent to {repository!r} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); "
+                      f"send it again with sdpo_nb.viz.push_run({str(folder)!r}, {repository!r}).") from error

@@ -444,9 +444,9 @@ def test_broken_folders(damaged, damage, message):
 
 def test_other_classes_are_refused_before_their_weights_are_read(damaged):
     index = damaged / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
     shutil.rmtree(damaged / "unet")
-    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline, .*choose a StableDiffusionPipeline"): load_policy(damaged)
+    with pytest.raises(ValueError, match="is a FluxPipeline, .*choose a StableDiffusionPipeline"): load_policy(damaged)
 
 
 @pytest.mark.parametrize("name", ["tinny", "./nowhere", "/nowhere/at/all", "~/nowhere", "runs/some/folder"])

@@ -110,7 +110,8 @@ def test_site_configuration():
     assert [path for path in site_files(site) if not (NBS/path).exists()] == []
     assert site['website']['search'] and site['website']['repo-subdir'] == NBS.name and 'source' in site['website']['repo-actions']
     contents = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    assert [entry['section'] for entry in contents if isinstance(entry, dict)][:3] == ['Learn', 'How to', 'Reference']
+    assert [entry['section'] for entry in contents if isinstance(entry, dict)] == ['Learn', 'Other answers', 'How to', 'Reference', 'Results']
+    assert [item['text'] for item in site['website']['navbar']['left']] == ['Learn', 'How to', 'Reference', 'Results']
 
 
 def test_social_card_and_icon():
@@ -213,12 +214,17 @@ def code_lines(source):
     return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith('#|')]
 
 
+def test_the_chapters_are_numbered_through():
+    assert [path.name[:3] for path in CHAPTERS] == [f'{number:02}_' for number in range(1, 15)]
+
+
 @pytest.mark.parametrize('path', CHAPTERS, ids=names)
 def test_chapter_has_exercises_with_solutions_that_run(path):
     found = solutions(path)
     assert len(found) >= 2
     for shown, hidden in found:
         assert code_lines(shown) and code_lines(shown) == code_lines(hidden)
+        assert not re.search(r'^#\|\s*(?:eval:\s*false|slow|gpu|notest)\b', hidden, flags=re.MULTILINE)   # test_notebooks.py runs the others
 
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=names)
@@ -235,15 +241,32 @@ def test_chapter_has_a_picture_and_a_reasonable_size(path):
     assert path.stat().st_size < 700_000
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+def test_no_error_was_saved(path):
+    "Neither as an output nor as a traceback that a cell printed"
+    outputs = [output for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+    assert [output for output in outputs if output['output_type'] == 'error'] == []
+    assert [text for output in outputs if 'Traceback (most recent call last)' in (text := ''.join(output.get('text', '')))] == []
+
+
 def test_front_page_lists_the_chapters():
     assert [NBS/target for target in link_targets(NBS/'index.ipynb') if NBS/target in CHAPTERS] == CHAPTERS
 
 
-def test_reference_lists_every_module():
+def exported_names(path):
+    "The public functions and classes of the module at `path`"
+    nodes = ast.parse(path.read_text(encoding='utf-8')).body
+    public = next((ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'), []) if path.name[0] != '_' else []
+    return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} & {*public}
+
+
+def test_reference_lists_every_module_and_name():
     page = json.loads((NBS/'99_api.ipynb').read_text(encoding='utf-8'))
     shown = '\n'.join(''.join(output.get('data', {}).get('text/markdown', '')) for cell in page['cells'] for output in cell.get('outputs', []))
     modules = sorted(f'{facts["lib_name"]}.{path.stem}' for path in (ROOT/facts['lib_name']).glob('*.py') if 'File to edit: ../nbs/' in path.read_text(encoding='utf-8'))
     assert sorted(re.findall(r'^## (.+)$', shown, flags=re.MULTILINE)) == modules   # otherwise run nbs/99_api.ipynb again
+    exported = {name for path in (ROOT/facts['lib_name']).glob('*.py') for name in exported_names(path)}
+    assert exported - {*re.findall(r'<code>(\w+)</code>', shown)} == set()
 
 
 @pytest.mark.parametrize('path', WORKFLOWS, ids=names)
