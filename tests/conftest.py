@@ -1,6 +1,9 @@
 """Threads and plotting are settled here, before anything imports torch or matplotlib."""
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the notebooks run side by side, one to a core
@@ -21,3 +24,29 @@ def copy_checkout(to):
 def tree(tmp_path):
     "A copy of the checkout"
     return copy_checkout(tmp_path/'tree')
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+    "A folder with a random pipeline"
+    from random_pipelines import random_stable_diffusion
+    folder = tmp_path_factory.mktemp('pipeline')/'random'
+    random_stable_diffusion(folder, prediction_type='v_prediction')
+    return folder
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    "Train in two CPU processes what some lines of code call `trainer`; the LoRA that each of them ends with"
+    def launch(code):
+        import torch
+        program = tmp_path/'two.py'
+        program.write_text(f'import sys; sys.path.insert(0, {str(ROOT/"tests")!r})\n' + textwrap.dedent(code) + textwrap.dedent(f'''
+            assert trainer.accelerator.num_processes == 2
+            trainer.train()
+            torch.save(trainer.policy.lora_state(), {str(tmp_path)!r} + f'/lora{{trainer.accelerator.process_index}}.pt')'''))
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(program)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true'})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(tmp_path/f'lora{index}.pt') for index in range(2)]
+    return launch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdpo_nb.dense import (action_returns, greedy_anchors, interpolate_rewards, latent_similarities, nearest_weights, query_indices,
+from sdpo_nb.dense import (action_returns, interpolate_rewards, latent_similarities, nearest_weights, query_indices,
                            rank_correlation, select_anchor, spread_rewards, step_similarities, time_weights, weighted_rewards)
 from sdpo_nb.files import read_jsonl, write_jsonl
 from sdpo_nb.recipes import Recipe

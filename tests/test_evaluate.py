@@ -12,7 +12,7 @@ from sdpo_nb.evaluate import (StepEvaluation, agreement_share, compare, comparis
 from sdpo_nb.files import read_json, write_json
 from sdpo_nb.mdp import make_ddim
 from sdpo_nb.models import Policy
-from sdpo_nb.shapes import backgrounds, caption, colors, parse_caption, random_scenes, render, shapes
+from sdpo_nb.shapes import backgrounds, caption, colors, parse_caption, random_scenes, render
 from random_pipelines import SCHEDULER, random_stable_diffusion
 
 

@@ -1,7 +1,6 @@
 """SDXL, consistency models and guidance, on narrow models of the real classes with random weights."""
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest

@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from sdpo_nb.cli import train_command
 from sdpo_nb.config import TrainConfig, batch_plan, resolve
 from sdpo_nb.files import read_jsonl
-from sdpo_nb.lasro import (LaSROConfig, LaSROTrainer, LatentReward, RankedPairs, ReplayBuffer, RunningScale, best_and_worst, bradley_terry_loss, copy_encoder,
+from sdpo_nb.lasro import (LaSROConfig, LaSROTrainer, LatentReward, RankedPairs, ReplayBuffer, RunningScale, best_and_worst, bradley_terry_loss,
                            few_step_outputs, gains_since, ranked_loss, ranking_accuracy, score_outputs)
 from sdpo_nb.mdp import make_sampler, sample_trajectories
 from sdpo_nb.models import load_policy

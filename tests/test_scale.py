@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparisons import same_weights, without_clock
 from diffusers import AutoencoderTiny
 from PIL import Image
-from random_pipelines import random_stable_diffusion
 
 import sdpo_nb.config as config_module
 import sdpo_nb.rewards as rewards_module
@@ -38,29 +38,12 @@ SMALL = dict(num_steps=3, epochs=1, pairs_per_epoch=4, pairs_per_update=2, micro
 def redness(images, prompts): return (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
-@pytest.fixture(scope='module')
-def pipeline(tmp_path_factory):
-    "A folder with a random pipeline"
-    folder = tmp_path_factory.mktemp('pipeline')/'random'
-    random_stable_diffusion(folder, prediction_type='v_prediction')
-    return folder
-
-
 @pytest.fixture
 def make(pipeline, tmp_path):
     "Make a trainer of a small run"
     def make_trainer(*, reward=redness, callbacks=(), **settings):
         return Trainer(load_policy(pipeline, device='cpu'), reward, PROMPTS, TrainConfig(**{**SMALL, 'output_dir': str(tmp_path/'run'), **settings}), callbacks)
     return make_trainer
-
-
-def same_weights(first, second):
-    "Are the LoRA weights of two trainers equal, bit by bit?"
-    first, second = first.policy.lora_state(), second.policy.lora_state()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def without_clock(path): return [{name: value for name, value in record.items() if not name.startswith('seconds/')} for record in read_jsonl(path/'metrics.jsonl')]
 
 
 # --- presets and arithmetic

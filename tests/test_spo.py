@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from random_pipelines import random_stable_diffusion, random_tokenizer
+from comparisons import same_learning, same_weights, weights, without_clock
+from random_pipelines import random_tokenizer
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -19,7 +20,7 @@ from sdpo_nb.schedules import pooled_cells
 from sdpo_nb.scorers import clip_normalize, clip_pixels
 from sdpo_nb.spo import (PreferencePairs, RewardAsPreference, SPOConfig, SPOTrainer, StepAwarePreference, StepModulation, branch_noise, branching_steps,
                          compare_candidates, first_branch, get_preference, load_preference, make_preference_pairs, modulation_file, predicted_pictures,
-                         preference_accuracy, preference_command, preference_model_loss, sample_tree, save_preference, score_pairs, train_preference_model,
+                         preference_accuracy, preference_command, preference_model_loss, sample_tree, save_preference, train_preference_model,
                          trailing_timesteps)
 from sdpo_nb.trainer import Rollout, Trainer, run_config
 
@@ -32,19 +33,11 @@ def redness(images, prompts): return (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A random pipeline"
-    place = tmp_path_factory.mktemp('pipeline')/'random'
-    random_stable_diffusion(place, prediction_type='v_prediction')
-    return place
-
-
-@pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory): return random_tokenizer(tmp_path_factory.mktemp('words'))
 
 
 @pytest.fixture
-def policy(folder): return load_policy(folder, device='cpu')
+def policy(pipeline): return load_policy(pipeline, device='cpu')
 
 
 def random_clip(tokenizer, vision=SMALL, seed=0):
@@ -363,19 +356,17 @@ def test_settings():
 # --- the trainer
 
 @pytest.fixture
-def make(folder, tmp_path):
+def make(pipeline, tmp_path):
     "Make a trainer of a small run"
     def make_trainer(*, judge='reward', reward=redness, kind=SPOTrainer, callbacks=(), output='run', **settings):
         small = dict(num_steps=5, epochs=1, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, candidates=3, divert_start=1,
                      preference_threshold=1e-6, preference_scale=50., output_dir=str(tmp_path/output))
         if isinstance(judge, str): settings, judge = dict(preference_model=judge, **settings), None
-        return kind(load_policy(folder, device='cpu'), reward, PROMPTS, SPOConfig(**{**small, **settings}), callbacks, preference=judge)
+        return kind(load_policy(pipeline, device='cpu'), reward, PROMPTS, SPOConfig(**{**small, **settings}), callbacks, preference=judge)
     return make_trainer
 
 
-def weights(trainer): return trainer.policy.lora_state()
 def same(first, second): return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-def without_clock(records): return [{name: value for name, value in record.items() if not name.startswith('seconds/')} for record in records]
 
 
 @pytest.mark.parametrize('settings', [{}, dict(candidates=2), dict(segment_steps=2), dict(num_steps=2, divert_start=None), dict(continue_from='winner'), dict(divert_start=4),
@@ -392,6 +383,21 @@ def test_it_trains(make, settings):
     assert metrics['optimizer_steps'] == math.ceil(cells/2) and cells <= plan['(tree, step) comparisons per epoch, at most']
     assert {'epoch', 'reward/mean', 'loss', 'grad_norm', 'diversity', 'seconds/sample', 'seconds/reward', 'seconds/train'} <= metrics.keys()
     assert all(math.isfinite(value) for value in metrics.values() if value is not None)
+
+
+def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path):
+    "One update of all comparisons, all of them valid: the gradient is the mean over processes"
+    settings = dict(num_steps=2, divert_start=1, candidates=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, preference_threshold=1e-9, preference_scale=50.)
+    alone = make(**settings, output='alone')
+    assert alone.train()['preference/valid'] == 1 and len(alone.trained_steps) == 1
+    first, second = two_processes(f'''
+        from test_spo import *
+        config = SPOConfig(eval_samples=0, preference_model='reward', output_dir={str(tmp_path/'two')!r}, **{settings!r})
+        trainer = SPOTrainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])''')
+    same_learning(first, second, weights(alone), weights(make(**settings)))
+    one, two = (without_clock(tmp_path/name) for name in ('alone', 'two'))
+    for name in ('samples', 'reward_queries', 'optimizer_steps', 'preference/valid'): assert [record[name] for record in one] == [record[name] for record in two]
+    for name in ('reward/mean', 'preference/gap', 'loss'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
 
 
 def test_what_is_learnt_from(make, judge):
@@ -494,8 +500,8 @@ def test_a_resumed_run_is_the_same_run(make, judge, settings, tmp_path):
     make(epochs=2, checkpoint_every=2, output='parts', **settings).train()
     resumed = make(epochs=4, checkpoint_every=2, output='parts', resume=str(tmp_path/'parts'), **settings)
     resumed.train()
-    assert same(weights(whole), weights(resumed))
-    first, second = (without_clock(read_jsonl(tmp_path/name/'metrics.jsonl')) for name in ('whole', 'parts'))
+    assert same_weights(whole, resumed)
+    first, second = (without_clock(tmp_path/name) for name in ('whole', 'parts'))
     assert first == second and len(first) == 4
     other = make(epochs=5, candidates=2, resume=str(tmp_path/'parts'), **settings)
     with pytest.raises(ValueError, match='candidates is 2, but the run in .* was started with 3'): other.train()
@@ -511,9 +517,9 @@ def test_a_run_folder(make, tmp_path):
     assert asdict(run_config(tmp_path/'run', SPOConfig))['candidates'] == 3
 
 
-def test_the_common_trainer_does_not_take_it(folder, tmp_path):
+def test_the_common_trainer_does_not_take_it(pipeline, tmp_path):
     with pytest.raises(ValueError, match="recipe is 'spo', which goes with SPOConfig"):
-        Trainer(load_policy(folder, device='cpu'), redness, PROMPTS, TrainConfig(recipe='spo', output_dir=str(tmp_path/'run')))
+        Trainer(load_policy(pipeline, device='cpu'), redness, PROMPTS, TrainConfig(recipe='spo', output_dir=str(tmp_path/'run')))
 
 
 # --- the command line
@@ -523,9 +529,9 @@ def run(words):
     return train_command(words)
 
 
-def test_from_the_command_line(folder, tmp_path, capsys):
+def test_from_the_command_line(pipeline, tmp_path, capsys):
     "Train, look at the plan, resume: the recipe decides which flags there are"
-    place, common = str(tmp_path/'run'), ['--policy', str(folder), '--reward', 'warmth', '--num_steps', '4', '--pairs_per_epoch', '2', '--eval_samples', '0']
+    place, common = str(tmp_path/'run'), ['--policy', str(pipeline), '--reward', 'warmth', '--num_steps', '4', '--pairs_per_epoch', '2', '--eval_samples', '0']
     own = ['--recipe', 'spo', '--candidates', '2', '--preference_model', 'reward', '--preference_scale=50', '--preference_threshold', '1e-6']
     assert run(['tiny', *common, *own, '--output_dir', place, '--dry_run']) == 0
     plan = capsys.readouterr().out

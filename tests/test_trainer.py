@@ -1,7 +1,6 @@
 """The training loop, on a random pipeline: counts, resume, the losses in place, and what a run folder holds at any moment."""
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from comparisons import same_learning, same_weights, weights, without_clock
 from nbclient import NotebookClient
 from PIL import Image
 from random_pipelines import random_stable_diffusion
@@ -40,14 +40,6 @@ def noisy_redness(images, prompts):
     return redness(images, prompts) + .01*torch.rand(len(images))
 
 
-@pytest.fixture(scope='module')
-def pipeline(tmp_path_factory):
-    "A folder with a random pipeline"
-    folder = tmp_path_factory.mktemp('pipeline')/'random'
-    random_stable_diffusion(folder, prediction_type='v_prediction')
-    return folder
-
-
 @pytest.fixture
 def make(pipeline, tmp_path):
     "Make a trainer of a small run"
@@ -56,15 +48,6 @@ def make(pipeline, tmp_path):
                      output_dir=str(tmp_path/'run'))
         return Trainer(policy or load_policy(pipeline, device='cpu'), reward, prompts, TrainConfig(**{**small, **settings}), callbacks)
     return make_trainer
-
-
-def same_weights(first, second):
-    "Are the LoRA weights of two trainers equal, bit by bit?"
-    first, second = first.policy.lora_state(), second.policy.lora_state()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def without_clock(records): return [{name: value for name, value in record.items() if not name.startswith('seconds/')} for record in records]
 
 
 # --- sampling, queries, credit
@@ -304,7 +287,7 @@ def test_resume_is_exact(make, tmp_path):
     resumed = make(**settings, resume=str(tmp_path/'run'))
     last = resumed.train()
     assert same_weights(straight, resumed)
-    assert without_clock(read_jsonl(tmp_path/'run/metrics.jsonl')) == without_clock(read_jsonl(tmp_path/'straight/metrics.jsonl'))
+    assert without_clock(tmp_path/'run') == without_clock(tmp_path/'straight')
     assert last['epoch'] == 4 and resumed.counts == straight.counts
     assert resumed.normalizer.state_dict() == straight.normalizer.state_dict()
     assert read_json(tmp_path/'run/config.json')['epochs'] == 4
@@ -338,7 +321,7 @@ def test_an_accident_costs_nothing_but_time(make, tmp_path):
     resumed = make(**settings, resume=str(tmp_path/'run'))
     resumed.train()
     assert same_weights(straight, resumed)
-    assert without_clock(read_jsonl(tmp_path/'run/metrics.jsonl')) == without_clock(read_jsonl(tmp_path/'straight/metrics.jsonl'))
+    assert without_clock(tmp_path/'run') == without_clock(tmp_path/'straight')
 
 
 def test_a_killed_process_leaves_a_folder_to_resume(make, pipeline, tmp_path):
@@ -479,7 +462,6 @@ def test_a_damaged_evaluation_is_made_again(make, tmp_path, monkeypatch, damage)
 
 def test_default_callbacks(monkeypatch):
     "Pictures in place only where a kernel runs, not in any other IPython"
-    from IPython.core.interactiveshell import InteractiveShell
     plain = [ProgressCallback, EvaluationCallback, ReportCallback]
     assert [type(callback) for callback in default_callbacks()] == plain
     for kernel in (False, True):
@@ -543,7 +525,7 @@ def test_watching_changes_nothing(make, tmp_path, shown):
     resumed.train()
     for other in (watched, resumed):
         assert same_weights(blind, other) and other.policy.unet.training == blind.policy.unet.training
-        assert without_clock(read_jsonl(other.folder/'metrics.jsonl')) == without_clock(read_jsonl(blind.folder/'metrics.jsonl'))
+        assert without_clock(other.folder) == without_clock(blind.folder)
         assert newest_checkpoint(other.folder)['random'][0]['torch'].equal(newest_checkpoint(blind.folder)['random'][0]['torch'])
         assert other.normalizer.state_dict() == blind.normalizer.state_dict()
     assert states['torch'].equal(random_states()['torch']) and states['python'] == random_states()['python'] and states['numpy'] == random_states()['numpy']
@@ -638,30 +620,17 @@ def test_reports_of_other_recipes(make, tmp_path, settings):
 
 # --- several processes
 
-def test_two_processes_learn_what_one_does(make, pipeline, tmp_path):
+def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path):
     "One update of the whole epoch: then the order does not matter, and the gradient is the mean over processes"
     settings = dict(num_steps=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, normalizer='step')
     alone = make(**settings, output_dir=str(tmp_path/'alone'))
     alone.train()
-    program = tmp_path/'two.py'
-    program.write_text(textwrap.dedent(f'''
-        import sys; sys.path.insert(0, {str(TESTS)!r})
+    first, second = two_processes(f'''
         from test_trainer import *
         config = TrainConfig(eval_samples=0, buffer_size=8, min_count=4, output_dir={str(tmp_path/'two')!r}, **{settings!r})
-        trainer = Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])
-        assert trainer.accelerator.num_processes == 2
-        trainer.train()
-        torch.save(trainer.policy.lora_state(), {str(tmp_path)!r} + f'/lora{{trainer.accelerator.process_index}}.pt')'''))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true'})
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path/f'lora{index}.pt') for index in range(2))
-    expected = alone.policy.lora_state()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    # AdamW divides by the size of the gradient, so rounding shows where it is tiny: compare with what was learnt in all
-    moved = max((expected[name] - start).abs().max().item() for name, start in make(**settings).policy.lora_state().items())
-    assert max((first[name] - expected[name]).abs().max().item() for name in first) < .05*moved
-    one, two = (without_clock(read_jsonl(tmp_path/name/'metrics.jsonl')) for name in ('alone', 'two'))
+        trainer = Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])''')
+    same_learning(first, second, weights(alone), weights(make(**settings)))
+    one, two = (without_clock(tmp_path/name) for name in ('alone', 'two'))
     for name in ('samples', 'reward_queries', 'optimizer_steps'): assert [record[name] for record in one] == [record[name] for record in two]
     for name in ('reward/mean', 'loss'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
     assert len(newest_checkpoint(tmp_path/'two')['random']) == 2
