@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['assets/**/*']},
     install_requires=lines('requirements'),
-    extras_require={'dev': lines('dev_requirements'), 'track': lines('track_requirements')},
+    extras_require={'dev': lines('dev_requirements'), 'track': lines('track_requirements'), 'data': lines('data_requirements')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f'{lib} = {lib}._modidx:d']},
     zip_safe=False,
 )

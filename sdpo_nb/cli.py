@@ -9,9 +9,9 @@ __all__ = ['placeholders', 'wanted', 'truth', 'methods', 'source_help', 'signatu
            'flag_help', 'unknown_flag', 'flag_value', 'join_values', 'parse_words', 'error_sentence', 'calm_libraries',
            'run_command', 'check_writable', 'yaml_fields', 'method_settings', 'method_trainer', 'flag_text',
            'intended_recipe', 'saved_config', 'resumed_config', 'training_config', 'plan_text', 'check_reward',
-           'FolderWatch', 'clear_folder', 'no_leftovers', 'run_summary', 'train', 'train_command', 'find_lora',
-           'find_loras', 'known_setting', 'check_numbers', 'load_with_loras', 'compare_with_lora', 'evaluate_lora',
-           'function_command', 'eval_command', 'picture_grid', 'sample_lora', 'sample_command']
+           'FolderWatch', 'clear_folder', 'lead_process', 'no_leftovers', 'run_summary', 'train', 'train_command',
+           'find_lora', 'find_loras', 'known_setting', 'check_numbers', 'load_with_loras', 'compare_with_lora',
+           'evaluate_lora', 'function_command', 'eval_command', 'picture_grid', 'sample_lora', 'sample_command']
 
 # %% ../nbs/22_cli.ipynb #b432cbc2
 import argparse
@@ -149,7 +149,7 @@ def error_sentence(
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {str(error.filename or 'a file')!r}; check this path, its permissions and the free space."
-    if "out of memory" in text: return f"{text.split('. ')[0]}; lower micro_batch or eval_samples, or use precision bf16."
+    if "out of memory" in text: return f"{text.split('. ')[0]}; lower micro_batch or eval_samples, switch gradient_checkpointing on, or give a reward_vae."
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] in ("sdpo_nb", "__main__")
     return text if ours else f"{text} (in {Path(frames[-1].f_code.co_filename).name}, line {frames[-1].f_lineno})"
@@ -339,6 +339,11 @@ def clear_folder(
         with suppress(OSError): path.rmdir()   # fails where others use it, or where it was not made yet
 
 # %% ../nbs/22_cli.ipynb #3f27114b
+def lead_process() -> bool:
+    "Is this the process that speaks and cleans up for all?"
+    return os.environ.get("RANK", "0") == "0"
+
+# %% ../nbs/22_cli.ipynb #c526ea4a
 @contextmanager
 def no_leftovers(
     config: TrainConfig,  # of the run
@@ -350,7 +355,7 @@ def no_leftovers(
     try: yield
     except BaseException as error:
         stopped, refused = isinstance(error, KeyboardInterrupt), isinstance(error, ValueError) and not watch.opened
-        if not (config.resume or watch.trained or refused or (stopped and watch.opened)): clear_folder(folder, new)
+        if lead_process() and not (config.resume or watch.trained or refused or (stopped and watch.opened)): clear_folder(folder, new)
         if not stopped: raise
         word = "interrupted" if type(error) is KeyboardInterrupt else "terminated"
         raise type(error)(f"{word}; go on with sdpo-train --resume {shlex.quote(str(config.resume or config.output_dir))}" if watch.opened else f"{word}.") from None
@@ -374,14 +379,15 @@ def train(
     "Check everything, then train and say what came out. Raises `ValueError`, `OSError` or `RuntimeError`"
     config, prompts = training_config(preset, given)
     check_writable("output_dir", config.resume or config.output_dir)
+    from sdpo_nb.models import load_policy, own_device
     from sdpo_nb.trainer import check_output
     if not config.resume: check_output(Path(config.output_dir))
     check_reward(config.reward)
     processes = launched_processes()
     if config.dry_run: return print(plan_text(config, prompts, processes))
     line = batch_line(config, processes)
-    if not int(os.environ.get("RANK", 0)): print(line, flush=True)
-    from sdpo_nb.models import load_policy
+    if lead_process(): print(line, flush=True)
+    if lead_process() and config.precision == "fp16" and own_device() == "cpu": print("No GPU was found: half precision on a CPU is for trying things out, and slow.", flush=True)
     trainer, watch = method_trainer(config.recipe)(load_policy(config.policy, precision=config.precision), config.reward, prompts, config), FolderWatch()
     trainer.callbacks.insert(0, watch)
     with no_leftovers(config, watch): trainer.train()

@@ -67,9 +67,10 @@ class TrainConfig:
     lora_rank: int = 4                 # rank of the adapter; 0 trains the whole UNet instead, in fp32
     lora_alpha: float = None           # its scale is alpha/rank; None means alpha = rank
     precision: str = "fp32"            # fp32, bf16 or fp16
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: much less memory, about a third more time
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: much less memory, more time
     reward_vae: str = None             # a small autoencoder (a folder or hub id of an AutoencoderTiny) that decodes what the reward sees; None: the policy's own
     reward_timeout: float = 0.0        # seconds that one call of the reward may take; 0 for no limit
+    reward_device: str = None          # where a model that scores runs, such as cuda:1 or cpu; None: where the policy is
     seed: int = 42                     # of everything random
     output_dir: str = "runs/tiny"      # the run folder; must not hold another run
     resume: str = None                 # a run folder to go on with
@@ -82,6 +83,7 @@ class TrainConfig:
     push_to_hub: str = None            # owner/name on the Hugging Face hub, where LoRA and model card go after the run; None for nowhere
     dry_run: bool = False              # print the plan and stop
 
+    has_log_ratios = True  # what other methods learn from, too, unless they say otherwise
     def check(self): "Settings of another method refuse here what they cannot do"
     def plan(self, processes: int=1) -> dict: return training_plan(self, processes)  # what an epoch amounts to
     def words(self) -> dict: return {}  # what else a plan has to say
@@ -103,11 +105,11 @@ def dataset_column(
     place, column, split = [*words, "train"][:3]
     if place.endswith(".csv"):
         try:
-            with open(place, encoding="utf-8", newline="") as file: rows = list(csv.DictReader(file))
+            with open(place, encoding="utf-8-sig", newline="") as file: rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error: refuse(f"but {place!r} cannot be read as CSV ({error}); give a file with a header line, in UTF-8.")
-        names, read = list(rows[0]) if rows else [], lambda: [row[column] for row in rows]
+        names, read = [name for name in rows[0] if name is not None] if rows else [], lambda: [row[column] for row in rows]
     else:
-        if find_spec("datasets") is None: refuse("which needs the package datasets; install it with `pip install datasets`.")
+        if find_spec("datasets") is None: refuse("which needs the package datasets; install it with `pip install 'sdpo_nb[data]'` or `pip install datasets`.")
         from datasets import load_dataset
         try: rows = load_dataset(place, split=split)
         except Exception as error: refuse(f"which cannot be loaded ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); check name and split, go online once, or give a local folder.")
@@ -125,7 +127,7 @@ def load_prompts(
     elif isinstance(source, str) and source in prompt_lists: prompts = list(prompt_lists[source])
     elif isinstance(source, str) and source.startswith("dataset:"): prompts = dataset_column(source)
     elif isinstance(source, (str, Path)) and os.path.isfile(source):
-        try: text = Path(source).read_text(encoding="utf-8")
+        try: text = Path(source).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError: raise ValueError(f"prompts is {str(source)!r}, which is not UTF-8 text; save it as UTF-8.") from None
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else: raise ValueError(f"prompts is {source!r:.80}, neither a built-in list ({', '.join(prompt_lists)}) nor a text file nor a list of strings; give one of them.")
@@ -254,7 +256,8 @@ def resolve(
         choose(field, getattr(config, field), options)
     for field, kind in field_types.items():
         if kind is bool and not isinstance(getattr(config, field), bool): raise ValueError(f"{field} is {getattr(config, field)!r}; give True or False.")
-    for check in (_check_arithmetic, _check_signal, _check_loss, _check_extras): check(config)
+    for check in (_check_arithmetic, _check_signal, _check_loss) if config.has_log_ratios else (): check(config)
+    _check_extras(config)
     config.check()
     return config
 
@@ -298,8 +301,11 @@ def check_processes(
     config: TrainConfig,  # resolved
     processes: int,       # that share the work
 ):
-    "Raise ValueError where an update cannot be shared in equal parts"
+    "Raise ValueError where the work is to be shared in a way that cannot be, or an update not in equal parts"
     c = config
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise ValueError(f"ACCELERATE_USE_{name} is true, but every process has to hold the whole policy here, of which only a LoRA is trained; run `accelerate config` again and choose multi-GPU without it.")
     if c.pairs_per_update % (processes*c.micro_batch):
         raise ValueError(f"pairs_per_update is {c.pairs_per_update}, which {processes} processes cannot share in micro-batches of "
                          f"{c.micro_batch}; choose a multiple of {processes*c.micro_batch}.")
@@ -318,7 +324,7 @@ def batch_line(
             f"{count(c.micro_batch, 'pair')}; {count(updates, 'update')} an epoch, {count(updates*c.epochs, 'update')} in all")
 
 # %% ../nbs/21_config.ipynb #60036671
-sd_turbo = dict(policy="stabilityai/sd-turbo", recipe="sdpo_reference", prompts="animals", num_steps=50, pairs_per_epoch=128, precision="fp16", lora_rank=4, seed=42)
+sd_turbo = dict(policy="stabilityai/sd-turbo", recipe="sdpo_reference", prompts="animals", num_steps=50, pairs_per_epoch=128, precision="fp16", lora_rank=4, seed=42, checkpoint_every=1)
 reward_settings = {  # of the public code: epochs, learning rate, pairs behind an update
     "aesthetic": dict(epochs=100, learning_rate=1e-4, pairs_per_update=64), "imagereward": dict(epochs=200, learning_rate=5e-5, pairs_per_update=128),
     "hpsv2": dict(epochs=200, learning_rate=5e-5, pairs_per_update=128), "pickscore": dict(epochs=200, learning_rate=6e-5, pairs_per_update=64)}
@@ -339,10 +345,10 @@ def preset_config(
     return kind(**{**presets[choose("preset", name, presets)], **overrides})
 
 # %% ../nbs/21_config.ipynb #257cb2b4
-model_sizes = {  # policy -> millions of parameters, in all and of the UNet; numbers in a latent; gigabytes a sample kept for the backward pass, by bytes of a weight, and the same with gradient checkpointing
+model_sizes = {  # policy -> millions of parameters, in all and of the UNet; numbers in a latent; gigabytes a sample kept for the backward pass, by bytes of a weight, and the same with gradient checkpointing; does it decode in float32 whatever the weights; is guidance an input, not a second call
     "stabilityai/sd-turbo": dict(millions=1290, unet=866, latent=4*64*64, kept={2: 1.0, 4: 1.51}, checkpointed={2: .19, 4: .33}),
-    "stabilityai/sdxl-turbo": dict(millions=3469, unet=2567, latent=4*64*64, kept={2: 2.03, 4: 2.83}, checkpointed={2: .17, 4: .31}),
-    "SimianLuo/LCM_Dreamshaper_v7": dict(millions=1067, unet=860, latent=4*64*64, kept={2: 1.04, 4: 1.59}, checkpointed={2: .24, 4: .42})}
+    "stabilityai/sdxl-turbo": dict(millions=3469, unet=2567, latent=4*64*64, kept={2: 2.03, 4: 2.83}, checkpointed={2: .17, 4: .31}, upcast=True),
+    "SimianLuo/LCM_Dreamshaper_v7": dict(millions=1067, unet=860, latent=4*64*64, kept={2: 1.04, 4: 1.59}, checkpointed={2: .24, 4: .42}, one_call=True)}
 reward_sizes = {"aesthetic": 304, "imagereward": 447, "hpsv2": 986, "hpsv2.1": 986, "pickscore": 986, "clipscore": 151}  # millions of parameters
 decoding = {2: 5., 4: 10.}  # gigabytes for eight pictures, by bytes of a weight: about six feature maps of 256 channels at full size
 
@@ -352,11 +358,12 @@ def memory_estimate(
 ) -> dict:                # gigabytes on each GPU, in words; empty for a policy whose size is not known here
     "About how much memory a run will take, from its settings alone"
     c, size = config, model_sizes.get(config.policy)
-    if size is None: return {}
+    if size is None or type(c) is not TrainConfig: return {}  # the networks of other methods, a judge or a surrogate, are not counted here
     width, samples = (4 if c.precision == "fp32" else 2), 2*c.pairs_per_epoch/processes
+    decoder = decoding[4 if c.precision == "fp16" and size.get("upcast") else width]*min(8, 2*c.micro_batch)/8
     backward = 2*c.micro_batch*size["checkpointed" if c.gradient_checkpointing else "kept"][width]
     trained = 0. if c.lora_rank else size["unet"]*12/1e3  # gradient and two averages of AdamW
-    if c.guidance_scale > 1: backward *= 2  # every sample is seen twice, with its prompt and without
+    if c.guidance_scale > 1 and not size.get("one_call"): backward *= 2  # every sample is seen twice, with its prompt and without
     parts = {"weights of the policy": size["millions"]*width/1e3, "gradients and optimiser": trained, "weights of the rewards": sum(number*4/1e3 for name, number in reward_sizes.items() if name in re.findall(r"[\w.]+", c.reward)),
-             "rollout": samples*size["latent"]*(c.num_steps*(width + 4) + width)/1e9, "a training pass, or decoding": max(backward, 0. if c.reward_vae else decoding[width])}
+             "rollout": 2*samples*size["latent"]*(2*c.num_steps + 1)*width/1e9, "a training pass, or decoding": max(backward, 0. if c.reward_vae else decoder)}
     return {**parts, "in all, estimated": sum(parts.values())}

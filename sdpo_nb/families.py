@@ -10,7 +10,7 @@ __all__ = ['SDXLEmbedding', 'SDXLPolicy', 'ConsistencyPolicy']
 # %% ../nbs/17_families.ipynb #9edbaa23
 from dataclasses import dataclass
 import torch
-from .models import Policy, PromptEmbedding
+from .models import Policy, PromptEmbedding, quiet_loading
 
 # %% ../nbs/17_families.ipynb #9c66ce64
 @dataclass
@@ -24,7 +24,15 @@ class SDXLPolicy(Policy):
     "A `StableDiffusionXLPipeline` as a policy"
     def __init__(self, pipeline, name="pipeline"):
         super().__init__(pipeline, name)
-        if self.dtype == torch.float16 and self.vae.config.force_upcast: self.vae.float()
+        if self.dtype == torch.float16:
+            with quiet_loading(): self.vae.to(torch.float32 if self.vae.config.force_upcast else torch.float16)
+
+    @classmethod
+    def types(cls,
+        dtype: torch.dtype,  # that was asked for
+    ) -> dict:               # of each part, as diffusers reads it
+        "The autoencoder is read in float32 where the rest is float16, in which most overflow"
+        return {**super().types(dtype), **({"vae": torch.float32} if dtype == torch.float16 else {})}
 
     @torch.no_grad()
     def encode(self,

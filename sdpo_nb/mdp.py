@@ -6,9 +6,9 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/mdp.html.md"""
 
 # %% auto #0
 __all__ = ['few_step_timesteps', 'make_ddim', 'StepCoefficients', 'is_consistency', 'step_coefficients', 'predict_x0',
-           'transition', 'gaussian_log_prob', 'DenoisingStep', 'ddim_step', 'has_density', 'hash_seed', 'keyed_noise',
-           'pair_noise', 'Trajectory', 'sample_trajectories', 'mixture_denoiser', 'output_sensitivity',
-           'log_ratio_scales', 'consistency_output', 'make_sampler']
+           'transition', 'gaussian_log_prob', 'DenoisingStep', 'clean_prediction', 'ddim_step', 'has_density',
+           'hash_seed', 'keyed_noise', 'pair_noise', 'Trajectory', 'sample_trajectories', 'mixture_denoiser',
+           'output_sensitivity', 'log_ratio_scales', 'consistency_output', 'make_sampler']
 
 # %% ../nbs/03_mdp.ipynb #1d54bad3
 import hashlib
@@ -186,6 +186,20 @@ def _check_tensors(sample, model_output, timesteps, given):
     if len(extra) > 1: raise ValueError(f"{' and '.join(extra)} are all given; give at most one, each decides the action alone.")
 
 # %% ../nbs/03_mdp.ipynb #541070c2
+def clean_prediction(
+    scheduler: DDIMScheduler,    # with its timesteps set
+    model_output: torch.Tensor,  # `[B,C,H,W]`, what the network predicted
+    sample: torch.Tensor,        # `[B,C,H,W]`, the noisy x_i
+    timesteps: torch.Tensor,     # LongTensor `[1]` or `[B]`, on the sample's device
+    alpha_bar: torch.Tensor,     # of the timesteps, broadcastable to the sample
+) -> tuple:                      # x̂0 and ε̂, `[B,C,H,W]`
+    "What an output promises, by this scheduler: clipped where it clips, through the skip connection of a consistency model where it is one"
+    pred_x0, epsilon = predict_x0(model_output, sample, alpha_bar, scheduler.config.prediction_type)
+    if scheduler.config.clip_sample: pred_x0 = pred_x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+    if is_consistency(scheduler): pred_x0 = consistency_output(scheduler, timesteps, sample, pred_x0)
+    return pred_x0, epsilon
+
+# %% ../nbs/03_mdp.ipynb #e242d5e6
 def ddim_step(
     scheduler: DDIMScheduler,             # with its timesteps set
     model_output: torch.Tensor,           # `[B,C,H,W]`, what the network predicted
@@ -203,9 +217,7 @@ def ddim_step(
     dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
     coefficients = step_coefficients(scheduler, timesteps, eta, prev_timestep, dtype)
     coefficients = StepCoefficients(*(c.to(sample.device).view(-1, *[1]*(sample.ndim-1)) for c in coefficients))
-    pred_x0, epsilon = predict_x0(model_output.to(dtype), sample.to(dtype), coefficients.alpha_bar, scheduler.config.prediction_type)
-    if scheduler.config.clip_sample: pred_x0 = pred_x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-    if is_consistency(scheduler): pred_x0 = consistency_output(scheduler, timesteps.to(sample.device), sample.to(dtype), pred_x0)
+    pred_x0, epsilon = clean_prediction(scheduler, model_output.to(dtype), sample.to(dtype), timesteps.to(sample.device), coefficients.alpha_bar)
     mean, std = transition(pred_x0, epsilon, coefficients)
     action = (_draw(mean, std, noise, generator, eta) if prev_sample is None else prev_sample).detach().to(sample.dtype)
     return DenoisingStep(action, pred_x0.to(sample.dtype), gaussian_log_prob(action.to(dtype), mean, std))

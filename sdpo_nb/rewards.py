@@ -7,7 +7,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/rewards.html.md"""
 # %% auto #0
 __all__ = ['retry_after', 'rewards', 'assets', 'networks', 'Reward', 'reward_name', 'check_images', 'RewardError', 'within_time',
            'ask', 'checked', 'register_reward', 'FunctionReward', 'needs_images', 'build_reward', 'MixedReward',
-           'parse_mixture', 'unknown_reward', 'get_reward', 'jpeg_kilobytes', 'jpeg_incompressibility',
+           'parse_mixture', 'unknown_reward', 'get_reward', 'place_reward', 'jpeg_kilobytes', 'jpeg_incompressibility',
            'jpeg_compressibility', 'colorfulness', 'warmth', 'AestheticModel', 'AlignmentModel', 'load_network',
            'load_text_encoder', 'world_sized', 'ShapesAesthetic', 'ShapesAlignment', 'large_reward']
 
@@ -252,6 +252,16 @@ def get_reward(
     if not isinstance(reward, (str, Mapping)): return build_reward(reward, reward_name(reward), options)
     if options: raise ValueError(f"the mixture {reward!r} was given the options {sorted(options)}: options belong to single rewards; register a variant.")
     return MixedReward(parse_mixture(reward) if isinstance(reward, str) else reward)
+
+# %% ../nbs/05_rewards.ipynb #0baba418
+def place_reward(
+    reward: Reward, # from `get_reward`
+    device: str, # such as "cuda:1" or "cpu"
+):
+    "Let the model that scores, or each model of a mixture, run on a device of its own. Raises `ValueError` where there is none to move."
+    models = [part for part in getattr(reward, "rewards", {"": reward}).values() if hasattr(part, "device")]
+    if not models: raise ValueError(f"reward_device is {device!r}, but the reward {reward_name(reward)!r} runs no model that could be moved: leave it out.")
+    for model in models: model.device = device
 
 # %% ../nbs/05_rewards.ipynb #6a7bce5a
 def jpeg_kilobytes(

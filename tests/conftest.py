@@ -37,16 +37,15 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def two_processes(tmp_path):
-    "Train in two CPU processes what some lines of code call `trainer`; the LoRA that each of them ends with"
-    def launch(code):
+    "Two CPU processes run lines of code that make a `trainer`, and then what is asked for; what each of them comes to, by default the LoRA of a whole training"
+    def launch(code, result='(trainer.train(), trainer.policy.lora_state())[1]'):
         import torch
         program = tmp_path/'two.py'
         program.write_text(f'import sys; sys.path.insert(0, {str(ROOT/"tests")!r})\n' + textwrap.dedent(code) + textwrap.dedent(f'''
             assert trainer.accelerator.num_processes == 2
-            trainer.train()
-            torch.save(trainer.policy.lora_state(), {str(tmp_path)!r} + f'/lora{{trainer.accelerator.process_index}}.pt')'''))
+            torch.save({result}, {str(tmp_path)!r} + f'/result{{trainer.accelerator.process_index}}.pt')'''))
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(program)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true'})
         assert done.returncode == 0, done.stderr[-3000:]
-        return [torch.load(tmp_path/f'lora{index}.pt') for index in range(2)]
+        return [torch.load(tmp_path/f'result{index}.pt') for index in range(2)]
     return launch

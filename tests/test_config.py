@@ -97,6 +97,8 @@ def test_prompts(tmp_path):
     assert load_prompts(['a cat']) == load_prompts(('a cat',)) == ['a cat']
     (tmp_path/'p.txt').write_text('a cat\n\n  a dög \n', encoding='utf-8')
     assert load_prompts(str(tmp_path/'p.txt')) == load_prompts(tmp_path/'p.txt') == ['a cat', 'a dög']
+    (tmp_path/'windows.txt').write_text('\ufeffa cat\r\na dög\r\n', encoding='utf-8')   # as Notepad saves it
+    assert load_prompts(str(tmp_path/'windows.txt')) == ['a cat', 'a dög']
     (tmp_path/'empty.txt').write_text('\n')
     for wrong in ([], [1], str(tmp_path/'empty.txt')):
         with pytest.raises(ValueError, match='at least one string'): load_prompts(wrong)

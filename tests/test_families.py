@@ -11,6 +11,7 @@ from sdpo_nb.families import ConsistencyPolicy, SDXLPolicy
 from sdpo_nb.mdp import make_sampler
 from sdpo_nb.models import Policy, load_policy
 from sdpo_nb.trainer import Trainer
+from sdpo_nb.viz import loading_code
 
 script = Path(__file__).parent.parent/'benchmarks'/'random_models.py'
 spec = importlib.util.spec_from_file_location('random_models', script)
@@ -89,7 +90,7 @@ def test_every_family_is_trained_and_its_lora_goes_back(policies, tmp_path, kind
     policy = policies[kind]
     run = trainer(policy, tmp_path/'run', guidance_scale=guidance)
     metrics = run.train()
-    assert policy.guidance_scale == guidance and metrics['log_ratio/max_before_update'] == 0 and metrics['grad_norm'] > 0
+    assert policy.guidance_scale == (guidance or getattr(policy, 'default_guidance', 0.)) and metrics['log_ratio/max_before_update'] == 0 and metrics['grad_norm'] > 0
     trained = policy.sample(['a cat'], 2, seeds=[0], return_latents=True)
     with policy.without_lora(): before = policy.sample(['a cat'], 2, seeds=[0], return_latents=True)
     policy.remove_lora()
@@ -117,3 +118,10 @@ def test_an_unknown_class_is_named(folders, tmp_path):
     index = folder/'model_index.json'
     index.write_text(index.read_text().replace('StableDiffusionPipeline', 'FluxPipeline'))
     with pytest.raises(ValueError, match='is a FluxPipeline, which cannot be trained here: choose a StableDiffusionPipeline or'): load_policy(folder)
+
+
+def test_a_card_tells_what_a_consistency_model_heard(policies, tmp_path):
+    "Guidance is an input of its network: the call in the card names the scale it was trained with"
+    trained = trainer(policies['lcm'], tmp_path/'run', num_steps=4)
+    assert trained.config.guidance_scale == 8.5 and 'guidance_scale=8.5' in loading_code(trained.config.policy, 4, trained.config.guidance_scale)
+    assert trainer(policies['sd_turbo'], tmp_path/'other').config.guidance_scale == 0

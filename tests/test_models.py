@@ -146,6 +146,18 @@ def test_prompts_are_encoded_once_and_each_by_itself(policy, monkeypatch):
     policy.embed(PROMPTS[::-1])
     assert encoded == ["a red circle", "a blue cat"]
     assert torch.equal(first[0].prompt_embeds, first[2].prompt_embeds) and not first.prompt_embeds.requires_grad
+    monkeypatch.setattr(models, "most_embedded", 1)
+    assert torch.equal(policy.embed(PROMPTS).prompt_embeds, first.prompt_embeds) and len(policy._embedded_prompts) == 1
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    assert models.own_device() == "cpu" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert models.own_device() == "cuda:0"
+    for rank, device in (("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert models.own_device() == device
 
 
 def test_embeddings_equal_those_of_the_stock_pipeline(policy, epsilon_folder):

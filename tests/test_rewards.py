@@ -15,7 +15,7 @@ from random_pipelines import random_tokenizer
 
 import sdpo_nb.rewards as module
 from sdpo_nb.rewards import (FunctionReward, MixedReward, Reward, checked, colorfulness, get_reward, jpeg_kilobytes, load_network,
-                             load_text_encoder, networks, parse_mixture, register_reward, rewards, warmth, world_sized)
+                             load_text_encoder, networks, parse_mixture, place_reward, register_reward, rewards, warmth, world_sized)
 
 without_weights = ["jpeg_compressibility", "jpeg_incompressibility", "colorfulness", "warmth"]
 with_weights = ["shapes_aesthetic", "shapes_alignment"]
@@ -330,3 +330,15 @@ def test_a_caption_scores_the_same_whatever_it_came_with():
     alone, together = get_reward('shapes_alignment'), get_reward('shapes_alignment')
     one_by_one = torch.cat([alone.embed_captions([caption]) for caption in captions])
     assert torch.equal(one_by_one, together.embed_captions(captions))
+
+
+def test_a_model_that_scores_can_live_elsewhere():
+    class Model:
+        name, device = "model", None
+        def __call__(self, images, prompts): return images.mean((1, 2, 3))
+    register_reward("on_a_device", Model)
+    mixture, alone = get_reward("on_a_device+0.1*warmth"), get_reward("on_a_device")
+    place_reward(mixture, "cuda:1")
+    place_reward(alone, "cpu")
+    assert mixture.rewards["on_a_device"].device == "cuda:1" and alone.device == "cpu"
+    with pytest.raises(ValueError, match="reward_device is 'cuda:1', but the reward 'warmth' runs no model"): place_reward(get_reward("warmth"), "cuda:1")

@@ -85,6 +85,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_what_saves_it():
     assert total(micro_batch=16) - total(micro_batch=8) == pytest.approx(16*model_sizes['stabilityai/sd-turbo']['kept'][2])
     assert total(micro_batch=16, gradient_checkpointing=True) < total(micro_batch=16) < total(micro_batch=16, precision='fp32')
     assert total(micro_batch=16, guidance_scale=5.) > total(micro_batch=16) and total(reward='warmth') < total()
+    assert total(micro_batch=1, gradient_checkpointing=True) < total(micro_batch=2, gradient_checkpointing=True) < total(micro_batch=4, gradient_checkpointing=True)   # fewer pictures are decoded at once
     assert memory_estimate(resolve(TrainConfig())) == {} and {reward for reward in reward_settings} <= config_module.reward_sizes.keys() and '' in hardware
 
 
@@ -106,6 +107,9 @@ def test_prompts_from_a_csv_file(tmp_path):
     assert load_prompts(f'dataset:{path}:caption') == ['a cat, sitting\non a mat', 'a dög']
     for source, sentence in [(f'dataset:{path}:text', "no column 'text'; choose one of id, caption"), (f'dataset:{path}', 'names no column'), ('dataset:nowhere.csv:caption', 'cannot be read as CSV')]:
         with pytest.raises(ValueError, match=f'^prompts is .*{sentence}'): load_prompts(source)
+    path.write_text('\ufeffcaption\na cat,one cell too many\na dog\n', encoding='utf-8')   # as Excel saves it, and ragged
+    assert load_prompts(f'dataset:{path}:caption') == ['a cat', 'a dog']
+    with pytest.raises(ValueError, match="no column 'text'; choose one of caption"): load_prompts(f'dataset:{path}:text')
 
 
 class Table:
@@ -129,7 +133,7 @@ def test_prompts_from_a_dataset(monkeypatch):
         with pytest.raises(ValueError, match=sentence) as caught: dataset_column(f'dataset:{source}')
         assert '\n' not in str(caught.value)
     monkeypatch.setattr(config_module, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='needs the package datasets; install it with `pip install datasets`'): load_prompts('dataset:me/pictures:caption')
+    with pytest.raises(ValueError, match='needs the package datasets; install it with'): load_prompts('dataset:me/pictures:caption')
 
 
 # --- trackers and pictures

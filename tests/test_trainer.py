@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from random_pipelines import random_stable_diffusion
 
-from sdpo_nb.config import TrainConfig, animals, queries_per_epoch, resolve
+from sdpo_nb.config import TrainConfig, animals, batch_line, queries_per_epoch, resolve
 from sdpo_nb.evaluate import step_generalization
 from sdpo_nb.files import read_json, read_jsonl
 from sdpo_nb.mdp import ddim_step
@@ -324,23 +324,44 @@ def test_an_accident_costs_nothing_but_time(make, tmp_path):
     assert without_clock(tmp_path/'run') == without_clock(tmp_path/'straight')
 
 
-def test_a_killed_process_leaves_a_folder_to_resume(make, pipeline, tmp_path):
-    "SIGKILL, at whatever it was doing"
-    program = textwrap.dedent(f'''
-        import sys; sys.path.insert(0, {str(TESTS)!r})
-        from test_trainer import *
-        config = TrainConfig(num_steps=5, epochs=1000, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, buffer_size=8, min_count=4,
-                             checkpoint_every=1, output_dir={str(tmp_path/'run')!r})
-        Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [ProgressCallback()]).train()''')
-    process = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(3): assert process.stdout.readline().startswith('epoch'), process.stderr.read()
-    process.kill()
-    process.communicate()
-    done = newest_checkpoint(tmp_path/'run')['counts']['epoch']
-    assert done >= 2
-    resumed = make(resume=str(tmp_path/'run'), epochs=done+1, checkpoint_every=1)
-    assert resumed.train()['epoch'] == done+1
-    assert [record['epoch'] for record in read_jsonl(tmp_path/'run/metrics.jsonl')] == list(range(1, done+2))
+killed_at = {  # where a process kills itself: no handler runs, nothing is flushed
+    'sampling': "kill_in(Trainer, 'sample', calls=3)", 'updating': "kill_in(Trainer, 'apply_update', calls=14)", 'writing': "kill_in(os, 'replace', calls=6)",
+    'after writing aside': "kill_in(os, 'fsync', calls=9)", 'some moment': "kill_after(.35)", 'another moment': "kill_after(.8)"}
+killing = '''
+import os, signal, sys, threading; sys.path.insert(0, {tests!r})
+from test_trainer import *
+def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+def kill_in(place, name, calls):
+    "At the start of a call, counted from 1"
+    work, count = getattr(place, name), iter(range(1, 10**6))
+    def counting(*args, **kwargs):
+        if next(count) == calls: kill()
+        return work(*args, **kwargs)
+    setattr(place, name, counting)
+def kill_after(seconds):
+    class Clock(Callback):
+        def before_train(self, trainer): threading.Timer(seconds, kill).start()
+    trainer.callbacks.append(Clock())
+trainer = Trainer(load_policy({pipeline!r}, device='cpu'), redness, PROMPTS, TrainConfig(**{settings!r}), [])
+{moment}
+trainer.train()
+'''
+
+
+@pytest.mark.parametrize('moment', killed_at)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(make, pipeline, tmp_path, moment):
+    "SIGKILL: the resumed run has the weights and the log of an uninterrupted one, bit for bit"
+    settings = dict(num_steps=5, epochs=6, pairs_per_epoch=4, pairs_per_update=2, micro_batch=2, eval_samples=0, buffer_size=8, min_count=4, checkpoint_every=1)
+    straight = make(**settings, output_dir=str(tmp_path/'straight'))
+    straight.train()
+    program = killing.format(tests=str(TESTS), pipeline=str(pipeline), settings={**settings, 'epochs': 1000 if 'moment' in moment else 6, 'output_dir': str(tmp_path/'run')}, moment=killed_at[moment])
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr[-2000:]
+    reached = newest_checkpoint(tmp_path/'run')['counts']['epoch']
+    resumed = make(**{**settings, 'epochs': max(6, reached)}, resume=str(tmp_path/'run'))
+    resumed.train()
+    if reached > 6: straight = make(**{**settings, 'epochs': reached}, resume=str(tmp_path/'straight')); straight.train()
+    assert same_weights(straight, resumed) and without_clock(tmp_path/'run') == without_clock(tmp_path/'straight')
 
 
 def test_what_cannot_be_resumed(make, tmp_path):
@@ -634,6 +655,62 @@ def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_pa
     for name in ('samples', 'reward_queries', 'optimizer_steps'): assert [record[name] for record in one] == [record[name] for record in two]
     for name in ('reward/mean', 'loss'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
     assert len(newest_checkpoint(tmp_path/'two')['random']) == 2
+
+
+def test_two_processes_sample_and_follow_what_one_does(make, pipeline, two_processes, tmp_path):
+    "Trajectories, advantages and the gradient of an update, where the statistics of earlier epochs have begun to be forgotten"
+    settings = dict(num_steps=3, pairs_per_epoch=8, pairs_per_update=8, micro_batch=2, order='step_accumulated', buffer_size=6, min_count=4)
+    def look(trainer):
+        for epoch in range(3): rollout = trainer.rollout(epoch)
+        trainer.apply_update(rollout, trainer.epoch_updates(rollout, 2)[0])
+        return dict(latents=rollout.latents, advantages=rollout.advantages, gradient=torch.cat([parameter.grad.flatten() for parameter in trainer.parameters]))
+    alone = look(make(**settings))
+    two = two_processes(f'''
+        from test_trainer import *
+        config = TrainConfig(eval_samples=0, output_dir={str(tmp_path/'two')!r}, **{settings!r})
+        trainer = Trainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])
+        for epoch in range(3): rollout = trainer.rollout(epoch)
+        trainer.apply_update(rollout, trainer.epoch_updates(rollout, 2)[0])''',
+        "dict(latents=rollout.latents, advantages=rollout.advantages, gradient=torch.cat([parameter.grad.flatten() for parameter in trainer.parameters]))")
+    def difference(a, b): return ((a-b).norm()/b.norm()).item()
+    for name in ('latents', 'advantages'): assert difference(torch.cat([part[name] for part in two], 1), alone[name]) < 1e-6
+    assert torch.equal(two[0]['gradient'], two[1]['gradient']) and difference(two[0]['gradient'], alone['gradient']) < 1e-6
+
+
+@pytest.mark.parametrize('precision', ['fp16', 'bf16'])
+def test_half_precision(make, pipeline, precision):
+    "Weights in half precision, log-probabilities and LoRA in float32"
+    trainer = make(policy=load_policy(pipeline, device='cpu', precision=precision), precision=precision, num_steps=3, epochs=2)
+    start, metrics = weights(trainer), trainer.train()
+    assert metrics['log_ratio/max_before_update'] <= trainer.log_ratio_bound() and metrics['skipped_updates'] == 0 and math.isfinite(metrics['loss'])
+    assert metrics.get('loss_scale') == (2.**12 if precision == 'fp16' else None)
+    assert all(value.dtype == torch.float32 for value in weights(trainer).values()) and any(not torch.equal(value, start[name]) for name, value in weights(trainer).items())
+
+
+def test_the_loss_scale_falls_and_rises(make, pipeline, monkeypatch):
+    monkeypatch.setattr('sdpo_nb.trainer.loss_scale_growth', 3)
+    trainer = make(policy=load_policy(pipeline, device='cpu', precision='fp16'), precision='fp16')
+    scales = []
+    for finite in (True, True, False, True, True, True, True, True, True, False): trainer.note_gradient(finite); scales.append(trainer.counts['loss_scale']/2**12)
+    assert scales == [1, 1, .5, .5, .5, 1, 1, 1, 2, 1]
+    for _ in range(100): trainer.note_gradient(True)
+    assert trainer.counts['loss_scale'] == 2**16
+    exact = make()
+    for _ in range(10): exact.note_gradient(True)
+    assert exact.counts['loss_scale'] == 1
+
+
+def test_a_smaller_gpu_may_go_on(make, tmp_path):
+    "Smaller pieces and recomputed activations: the same updates, up to rounding"
+    make(epochs=1).train()
+    resumed = make(epochs=2, micro_batch=1, gradient_checkpointing=True, resume=str(tmp_path/'run'))
+    assert resumed.train()['epoch'] == 2 and run_config(tmp_path/'run').micro_batch == 1
+
+
+@pytest.mark.parametrize('name', ['FSDP', 'DEEPSPEED', 'MEGATRON_LM'])
+def test_sharding_is_refused(make, monkeypatch, name):
+    monkeypatch.setenv(f'ACCELERATE_USE_{name}', 'true')
+    with pytest.raises(ValueError, match=f'ACCELERATE_USE_{name} is true, but every process has to hold the whole policy'): batch_line(resolve(TrainConfig()))
 
 
 def test_resume_is_exact_with_the_shipped_model_and_rewards(tmp_path):
