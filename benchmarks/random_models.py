@@ -19,7 +19,7 @@ import sdpo_nb
 
 tokenizer_folder = Path(sdpo_nb.__file__).parent / "assets" / "tiny" / "tokenizer"
 full_width = 320
-betas = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+betas = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
 def autoencoder(width, image_size, **options):
@@ -42,13 +42,19 @@ def unet(width, image_size, channels, **options):
     return UNet2DConditionModel(sample_size=image_size//8, block_out_channels=tuple(width*k for k in channels), norm_num_groups=min(32, width), **options)
 
 
+def turbo_scheduler(kind):
+    "That of the published files, with what they say to other samplers and this one does not read"
+    scheduler = kind(timestep_spacing="trailing", **betas)
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
+    return scheduler
+
+
 def sd_turbo(width, image_size):
     "Stable Diffusion 2.1, distilled: 866 M parameters in the UNet at full width"
     tokenizer, text = text_encoder(CLIPTextModel, 1024, 23, width)
     network = unet(width, image_size, (1, 2, 4, 4), attention_head_dim=tuple(max(1, width*k//64) for k in (1, 2, 4, 4)), cross_attention_dim=text.config.hidden_size,
                    use_linear_projection=True)
-    scheduler = EulerDiscreteScheduler(timestep_spacing="trailing", **betas)
-    return StableDiffusionPipeline(autoencoder(width, image_size), text, tokenizer, network, scheduler, None, None, requires_safety_checker=False)
+    return StableDiffusionPipeline(autoencoder(width, image_size), text, tokenizer, network, turbo_scheduler(EulerDiscreteScheduler), None, None, requires_safety_checker=False)
 
 
 def sdxl_turbo(width, image_size):
@@ -61,14 +67,14 @@ def sdxl_turbo(width, image_size):
                    transformer_layers_per_block=(1, 2, 10 if width == full_width else 2), cross_attention_dim=first.config.hidden_size + second.config.hidden_size,
                    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=pooled + 6*256)
     vae = autoencoder(width, image_size, scaling_factor=.13025, force_upcast=True)
-    return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer_2, network, EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **betas))
+    return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer_2, network, turbo_scheduler(EulerAncestralDiscreteScheduler))
 
 
 def lcm(width, image_size):
     "Stable Diffusion 1.5, consistency-distilled with the guidance scale as an input"
     tokenizer, text = text_encoder(CLIPTextModel, 768, 12, width)
     network = unet(width, image_size, (1, 2, 4, 4), attention_head_dim=8, cross_attention_dim=text.config.hidden_size, time_cond_proj_dim=256)
-    scheduler = LCMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=1, original_inference_steps=50, **betas)
+    scheduler = LCMScheduler(clip_sample=False, set_alpha_to_one=True, original_inference_steps=50, **betas)
     return LatentConsistencyModelPipeline(autoencoder(width, image_size), text, tokenizer, network, scheduler, None, None, requires_safety_checker=False)
 
 

@@ -2,12 +2,13 @@
 
     python benchmarks/throughput.py                                        # the embedded model, every recipe
     python benchmarks/throughput.py --recipes sdpo --micro_batch 1 4 8
-    python benchmarks/throughput.py --policy FOLDER --recipes sdpo --precision bf16 --reward jpeg_compressibility
+    python benchmarks/throughput.py --policy FOLDER --recipes sdpo --precision bf16 --reward jpeg_compressibility --output mine.jsonl
 
 Each line first runs `--epochs` epochs undisturbed (the seconds), then one with a clock around every call of network, decoder
 and reward (the shares; clocks wait for a GPU to finish, so they are not used for the seconds), and one under a counter of
-floating-point operations. On a CPU the clocks count processor time, which other programs on the machine disturb little. `of peak` divides the operations by the time in which the network ran and by what a plain matrix
-product reaches on the same machine in the same run. One JSON line a row goes to `--output`.
+floating-point operations. On a CPU the clocks count processor time, which other programs on the machine disturb little.
+`of peak` divides the operations by the time in which the network ran and by what a plain matrix product reaches on the same
+machine in the same run. One JSON line a row is added to `--output`: the committed results, unless another file is named.
 """
 
 import argparse
@@ -76,15 +77,16 @@ def clocks(trainer):
         trainer.reward = reward
 
 
-def matrix_rate(device, dtype, size=2048, repeats=20) -> float:
+def matrix_rate(device, dtype, repeats=20) -> float:
     "Floating-point operations per second of plain matrix products"
+    size, products = (8192, 10) if device.type == "cuda" else (2048, 1)  # one small product on a GPU would time its launch
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
         started = now(device)
-        a @ b
+        for _ in range(products): a @ b
         best = min(best, now(device) - started)
-    return 2*size**3/best
+    return 2*size**3*products/best
 
 
 def peak_memory(device) -> float:
@@ -144,7 +146,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=results / "throughput.jsonl")
     given = parser.parse_args()
-    print(f"{'recipe':<11}{'precision':<10}{'micro':>6}{'s/epoch':>9}" + "".join(f"{name:>16}" for name in ("unet, sampling", "unet, training", "decode", "reward", "everything else")) + f"{'of peak':>14}{'GB':>7}")
+    print(f"{'recipe':<15}{'precision':<10}{'micro':>6}{'s/epoch':>9}" + "".join(f"{name:>16}" for name in ("unet, sampling", "unet, training", "decode", "reward", "everything else")) + f"{'of peak':>14}{'GB':>7}")
     for precision in given.precision:
         policy = load_policy(given.policy, precision=precision)
         rate = matrix_rate(policy.device, policy.dtype)
@@ -154,7 +156,7 @@ def main():
                     config = resolve(TrainConfig(policy=given.policy, recipe=recipe, reward=given.reward, precision=precision, micro_batch=micro, num_steps=given.num_steps,
                                                  pairs_per_epoch=given.pairs_per_epoch, pairs_per_update=given.pairs_per_update, output_dir=f"{folder}/run"))
                     row = measure(policy, config, given.epochs, rate)
-                print(f"{recipe:<11}{precision:<10}{micro:>6}{row['seconds_per_epoch']:>9.2f}" + "".join(f"{share:>16.1%}" for share in row["shares"].values())
+                print(f"{recipe:<15}{precision:<10}{micro:>6}{row['seconds_per_epoch']:>9.2f}" + "".join(f"{share:>16.1%}" for share in row["shares"].values())
                       + f"{row['of_peak']['sampling']:>7.0%}{row['of_peak']['training']:>7.0%}{row['peak_memory_gb']:>7.1f}", flush=True)
                 device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
                 append_jsonl(given.output, {"recipe": recipe, "reward": given.reward, "seed": config.seed, "config": {**asdict(config), "output_dir": None},

@@ -1,4 +1,4 @@
-"""SDPO and its rivals differ in seven choices. A recipe writes them down; one loop runs them all.
+"""SDPO and its rivals differ in seven kinds of choices. A recipe writes them down; one loop runs them all.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/recipes.html.md"""
 
