@@ -7,7 +7,8 @@
 Each group is a file benchmarks/results/experiments/GROUP.jsonl with one line a run. A run that is there already is not
 repeated, in whichever group it was made, so an interrupted call goes on where it stopped. A run takes about 90 s on a core.
 The groups: search (learning rate and clip of each method for each reward, on a seed of its own), order and normalizers (chapters 9 and 7),
-main (methods x seeds x rewards), factors (order of updates against treatment of steps), ablations, steps and queries.
+main (methods x seeds x rewards), factors (order of updates against treatment of steps), spo (its own choices), queries, ablations, steps,
+few_steps (every method trained at one and two steps, at equal reward queries).
 """
 
 import argparse
@@ -25,13 +26,14 @@ from pathlib import Path
 import sdpo_nb
 import torch
 
+from sdpo_nb.cli import method_settings, method_trainer
 from sdpo_nb.config import TrainConfig, prompt_lists, resolve
 from sdpo_nb.evaluate import coverage, step_generalization
 from sdpo_nb.files import append_jsonl, read_jsonl, read_json, write_json
 from sdpo_nb.models import load_policy
 from sdpo_nb.rewards import get_reward, load_network
 from sdpo_nb.shapes import all_captions
-from sdpo_nb.trainer import Callback, Trainer, versions
+from sdpo_nb.trainer import Callback, versions
 
 assets = Path(sdpo_nb.__file__).parent / "assets"
 results = Path(__file__).parent / "results" / "experiments"
@@ -39,7 +41,7 @@ quality, alignment = "shapes_aesthetic", "shapes_alignment"
 watched = (quality, alignment, "jpeg_compressibility")
 epochs, curve_epochs = 16, (2, 4, 8)
 curve_steps, all_steps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 50)
-search_epochs, search_steps, search_seed = 8, (1, 4, 16), 201
+search_steps, search_seed = (1, 4, 16), 201
 evaluation_seed, pairs = 1000, 48
 # The captions that the shipped model follows worst, `hardest_captions()`: the twelve balanced ones it follows so well that no method improved them.
 hardest = ("a green star on a white background", "a green star on a black background", "a cyan square on a black background",
@@ -53,6 +55,12 @@ open_prompts = ("", "a circle", "a square", "a star")
 # What SDPO does about the steps of a trajectory, which can be given to any other method as well.
 even_steps = dict(train_last_step=False, log_ratio_scale="per_step")
 shuffled = dict(order="step_shuffled", **even_steps)
+
+
+def tree(candidates) -> dict:
+    "SPO's sampling for at most 32 trajectories an epoch; with three ordinary steps of ten a tree costs 0.8, 0.7, 0.65 of what it is counted as (k = 2, 4, 8)"
+    trees = 32//candidates
+    return dict(candidates=candidates, pairs_per_epoch=trees, pairs_per_update=min(trees, 8))
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,24 @@ methods = {
     "D3PO, step-shuffled": Method("d3po", shuffled, (.02, .4)),
     "PRDP/REBEL": Method("rebel"),
     "PRDP/REBEL, 8 updates": Method("rebel", dict(pairs_per_update=2, **even_steps), (5e-3, 2e-2)),
+    "SPO": Method("spo", tree(2), (.05, .2)),
 }
 race = [name for name in methods if name != "SDPO, step-accumulated"]
+# The same at one and two steps, each for as many epochs as 1,280 reward queries last.
+updates = dict(pairs_per_update=4)  # an epoch of two steps would be a single update of 16 pairs otherwise
+two_steps, one_step = dict(num_steps=2, **updates), dict(num_steps=1, **updates)
+few_step_methods = {
+    "LaSRO, 2 steps": Method("lasro", dict(epochs=10)),
+    "SPO, 2 steps": Method("spo", dict(epochs=16, **{**tree(2), **two_steps})),
+    "SDPO, 2 steps": Method("sdpo", dict(epochs=26, **two_steps)),
+    "DDPO, 2 steps": Method("ddpo", dict(epochs=40, **two_steps)),
+    "D3PO, 2 steps": Method("d3po", dict(epochs=40, **two_steps)),
+    "PRDP/REBEL, 2 steps": Method("rebel", dict(epochs=40, **two_steps)),
+    "LaSRO, 1 step": Method("lasro", dict(epochs=10, num_steps=1, pretrain_prompts=52, pairs_per_epoch=16)),
+    "SDPO, 1 step": Method("sdpo", dict(epochs=26, credit="causal", train_last_step=True, **one_step)),
+    "DDPO, 1 step": Method("ddpo", dict(epochs=40, **one_step)),
+}
+methods |= few_step_methods
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,8 @@ def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
     "Settings of a method, with its searched learning rate and clip unless `changes` says otherwise"
     method = methods[method]
     prompts = "shapes" if reward == quality else list(hardest)
-    return Run(group, name, TrainConfig(**{**dict(recipe=method.recipe, reward=reward, prompts=prompts, seed=seed, epochs=epochs, eval_samples=0, checkpoint_every=epochs),
+    if method.recipe == "spo" and reward != quality: changes = {"preference_model": "reward", **changes}  # the shipped judge knows only the other
+    return Run(group, name, method_settings(method.recipe)(**{**dict(recipe=method.recipe, reward=reward, prompts=prompts, seed=seed, epochs=epochs, eval_samples=0, checkpoint_every=epochs),
                                            **method.changes, **changes}))
 
 
@@ -101,7 +126,7 @@ def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
 
 def plan(config) -> list:
     "What is measured when: (epoch, which prompts, step counts, pairs)"
-    if config.epochs == search_epochs: return [(config.epochs, "trained", search_steps, 48)]
+    if config.seed == search_seed: return [(config.epochs, "trained", search_steps, 48)]
     return [*((epoch, "trained", curve_steps, pairs) for epoch in curve_epochs), (config.epochs, "trained", all_steps, pairs),
             (config.epochs, "unseen", search_steps, 48)]
 
@@ -160,13 +185,13 @@ class Measure(Callback):
         with trainer.policy.without_lora():
             for request in dict.fromkeys(entry[1:] for entry in plan(trainer.config)):
                 self.note(trainer, measure_before(trainer.policy, *request, trainer.config.reward))
-            if trainer.config.epochs != search_epochs: self.evaluations[0]["coverage"] = measure_coverage(trainer.policy)
+            if trainer.config.seed != search_seed: self.evaluations[0]["coverage"] = measure_coverage(trainer.policy)
 
     def after_epoch(self, trainer, metrics):
         started = time.perf_counter()
         for epoch, *request in plan(trainer.config):
             if epoch == metrics["epoch"]: self.note(trainer, measure(trainer.policy, *request, trainer.config.reward))
-        if metrics["epoch"] == trainer.config.epochs != search_epochs:
+        if metrics["epoch"] == trainer.config.epochs and trainer.config.seed != search_seed:
             last = next(e for e in self.evaluations if e["epoch"] == metrics["epoch"] and e["prompts"] == "trained")
             last["coverage"] = measure_coverage(trainer.policy)
         self.seconds += time.perf_counter() - started
@@ -184,8 +209,8 @@ def execute(run: Run) -> dict:
     torch.set_num_threads(1)
     started, measuring = time.perf_counter(), Measure()
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(**{**asdict(run.config), "output_dir": f"{folder}/run"})
-        trainer = Trainer(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
+        config = type(run.config)(**{**asdict(run.config), "output_dir": f"{folder}/run"})
+        trainer = method_trainer(config.recipe)(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
         trainer.train()
         metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
     config = asdict(resolve(run.config)) | {"output_dir": None}
@@ -217,8 +242,9 @@ def candidates(name, reward) -> list:
 
 
 def search_runs(name, reward) -> list:
-    "Four learning rates; one beyond the edge if the best lies there; then other clips at the best: six settings at most"
-    def run(**changes): return make_run("search", name, name, search_seed, reward, epochs=search_epochs, checkpoint_every=search_epochs, **changes)
+    "Four learning rates, for half of the epochs; one beyond the edge if the best lies there; then other clips at the best: six settings at most"
+    half = methods[name].changes.get("epochs", epochs)//2
+    def run(**changes): return make_run("search", name, name, search_seed, reward, epochs=half, checkpoint_every=half, **changes)
     found = {line["config"]["learning_rate"]: final_gain(line) for line in candidates(name, reward) if line["config"]["clip_range"] == default_clip(name)}
     rates = [3e-4, 1e-3, 3e-3, 1e-2]
     runs = [run(learning_rate=rate) for rate in rates]
@@ -298,8 +324,24 @@ def queries(seeds):
     return [make_run("queries", f"{count} queries", "SDPO", seed, queries=count, **searched("SDPO")) for seed in seeds[:3] for count in ("terminal", "3", "5", "all")]
 
 
+def few_steps(seeds):
+    return [make_run("few_steps", name, name, seed, **searched(name)) for seed in seeds[:3] for name in few_step_methods]
+
+
+untold = "judges/untold"  # made by `python -m sdpo_nb.spo judges` in about five minutes; relative, so run this from the folder that has it
+
+
+def spo(seeds):
+    switches = {"SPO, k=2": {}, "SPO, k=4": tree(4), "SPO, k=8": tree(8), "k=4, from the winner": dict(continue_from="winner", **tree(4)),
+                "k=4, from the loser": dict(continue_from="loser", **tree(4)), "k=4, cheap mode": dict(preference_model="reward", **tree(4)),
+                "k=4, every step branches": dict(divert_start=0, **tree(4)), "k=4, MSPO of 2 steps": dict(segment_steps=2, **tree(4)), "k=4, threshold 0.6": dict(preference_threshold=.6, **tree(4)),
+                "k=2, 5 trees an epoch": dict(pairs_per_epoch=5, pairs_per_update=5),  # as many questions in all as SDPO asks
+                "k=4, judge not told the time": dict(preference_model=untold, **tree(4))}
+    return [make_run("spo", name, "SPO", seed, **{**searched("SPO"), **changes}) for seed in seeds[:3] for name, changes in switches.items()]
+
+
 groups = {"search": search, "order": order, "normalizers": normalizers, "main": main_race, "factors": factors, "queries": queries, "ablations": ablations,
-          "steps": steps}
+          "steps": steps, "spo": spo, "few_steps": few_steps}
 
 
 # --- running -------------------------------------------------------------------------------------

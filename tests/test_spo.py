@@ -6,7 +6,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import sdpo_nb.spo as spo
 from comparisons import same_learning, same_weights, weights, without_clock
+from huggingface_hub import _CACHED_NO_EXIST
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from random_pipelines import random_tokenizer
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
@@ -83,6 +86,8 @@ def test_initialised_from_a_clip_folder(tokenizer, tmp_path):
     expected = clip(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels).logits_per_image.diagonal()
     torch.testing.assert_close(model(images, torch.tensor([10, 800]), PROMPTS), expected, rtol=1e-5, atol=1e-5)
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert model.plain and not load_preference().plain
+    with pytest.warns(UserWarning, match='preference_model is .*, a plain CLIP, not trained on predictions'): get_preference(str(tmp_path), redness)
 
 
 def test_time_reaches_every_block_once_trained(judge):
@@ -114,12 +119,42 @@ def test_saved_and_loaded(judge, tmp_path):
     expected = judge(images, timesteps, PROMPTS)
     again = load_preference(str(save_preference(judge, tmp_path)))
     torch.testing.assert_close(again(images, timesteps, PROMPTS), expected, rtol=1e-6, atol=1e-6)
-    unaware = load_preference(str(tmp_path), conditioned=False)
-    assert unaware.modulation is None and not torch.equal(unaware(images, timesteps, PROMPTS), expected)
+    unaware = StepAwarePreference(judge.clip, judge.tokenizer, conditioned=False).eval()
+    again = load_preference(str(save_preference(unaware, tmp_path/'untold')))   # trained, and not told the timestep
+    assert again.modulation is None and not again.plain and not torch.equal(again(images, timesteps, PROMPTS), expected)
+    torch.testing.assert_close(again(images, timesteps, PROMPTS), unaware(images, timesteps, PROMPTS), rtol=1e-6, atol=1e-6)
     CLIPModel.from_pretrained(tmp_path)  # it is a plain CLIP folder all the same
     half = load_preference(str(save_preference(judge.half(), tmp_path/'half')))
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     torch.testing.assert_close(half(images, timesteps, PROMPTS), expected, rtol=1e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_a_judge_from_the_hub(judge, tmp_path, monkeypatch):
+    "What training added comes from there too; without it, and where nobody can know, that is not passed over in silence"
+    for _, last in judge.modulation.blocks: last.weight.normal_(std=.1)
+    save_preference(judge, tmp_path/'hub')
+    asked, answer, load = [], tmp_path/'hub'/modulation_file, spo.load_pretrained
+    def download(repository, name):
+        asked.append((repository, name))
+        if isinstance(answer, Exception): raise answer
+        return str(answer)
+    monkeypatch.setattr(spo, 'load_pretrained', lambda reward, field, kind, place: load(reward, field, kind, tmp_path/'hub'))
+    monkeypatch.setattr(spo, 'load_tokenizer', lambda reward, kind, place, model, published: judge.tokenizer if place == 'me/judge' else published)
+    monkeypatch.setattr(spo, 'hf_hub_download', download)
+    images, timesteps = pictures(2), torch.tensor([100, 900])
+    trained = load_preference('me/judge')
+    assert asked == [('me/judge', modulation_file)] and not trained.plain and trained.name == 'me/judge'
+    torch.testing.assert_close(trained(images, timesteps, PROMPTS), judge(images, timesteps, PROMPTS), rtol=1e-6, atol=1e-6)
+    answer = EntryNotFoundError('404')
+    plain = load_preference('me/judge')
+    assert plain.plain and plain.tokenizer == 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
+    assert torch.equal(plain.embed_images(images, timesteps), StepAwarePreference(judge.clip, judge.tokenizer, False).eval().embed_images(images, timesteps))
+    answer = LocalEntryNotFoundError('offline')
+    monkeypatch.setattr(spo, 'try_to_load_from_cache', lambda *_: _CACHED_NO_EXIST)   # an earlier visit has seen that there is none
+    assert load_preference('me/judge').plain
+    monkeypatch.setattr(spo, 'try_to_load_from_cache', lambda *_: None)
+    with pytest.raises(OSError, match="preference_model: could not load 'me/judge': the hub cannot be reached"): load_preference('me/judge')
 
 
 @pytest.mark.parametrize('width, depth', [(48, 2), (32, 3)])
@@ -204,7 +239,7 @@ def test_its_training_is_a_command(tmp_path):
     preference_command([str(tmp_path), '--num_pairs', '24', '--iterations', '1'])
     found = read_jsonl(tmp_path/'accuracy.jsonl')
     assert len(found) == 20 and sum(part['n'] for part in found if part['conditioned']) <= 6
-    assert load_preference(str(tmp_path/'preference')).modulation is not None
+    assert load_preference(str(tmp_path/'preference')).modulation is not None and load_preference(str(tmp_path/'untold')).modulation is None
 
 
 def test_cheap_mode(policy):
@@ -353,6 +388,24 @@ def test_settings():
     with pytest.raises(ValueError, match="recipe is 'spo', which goes with SPOConfig, not TrainConfig"): resolve(TrainConfig(recipe='spo'))
 
 
+def test_judges_that_cannot_be(judge, tmp_path):
+    "Refused before anything is loaded; a hub id is only known by asking"
+    (tmp_path/'empty').mkdir(), (tmp_path/'file').write_text('')
+    for settings, message in ((dict(policy='stabilityai/sd-turbo'), "preference_model is 'tiny', which knows nothing but pictures of the policy tiny, and the policy is 'stabilityai/sd-turbo'"),
+                              (dict(preference_model=str(tmp_path/'none')), 'none\', where nothing is; give tiny, reward, or the folder or hub id of a judge.'),
+                              (dict(preference_model='no/such/folder'), "preference_model is 'no/such/folder', where nothing is"), (dict(preference_model=''), "preference_model is ''"),
+                              (dict(preference_model=None), 'preference_model is None'), (dict(preference_model=str(tmp_path/'empty')), 'it has no config.json'),
+                              (dict(preference_model=str(tmp_path/'file')), 'it has no config.json')):
+        with pytest.raises(ValueError, match=re.escape(message)): resolve(SPOConfig(**settings))
+    def words(**settings): return resolve(SPOConfig(**settings)).words()['judge']
+    assert words() == 'tiny, which was taught shapes_aesthetic; the reward is only watched; threshold 0.3'
+    assert words(preference_model='me/judge').startswith('me/judge, plain CLIP, not trained on predictions unless the hub has its step_modulation.safetensors')
+    folder = str(save_preference(judge, tmp_path/'judge'))
+    assert words(policy='stabilityai/sd-turbo', preference_model=folder) == f'{folder}; the reward is only watched; threshold 0.3'
+    (tmp_path/'judge'/modulation_file).unlink()
+    assert words(preference_model=folder).startswith(f'{folder}, plain CLIP, not trained on predictions;')
+
+
 # --- the trainer
 
 @pytest.fixture
@@ -377,19 +430,31 @@ def test_it_trains(make, settings):
     metrics = trainer.train()
     assert not same(start, weights(trainer))
     assert metrics['log_ratio/max_before_update'] < 1e-5 and metrics['log_ratio/recomputed'] == 0   # sampling and training see batches of different sizes
-    assert metrics['samples'] == 4*trainer.config.candidates == plan['trajectories per epoch, in network calls']
+    assert metrics['samples'] == 4*trainer.config.candidates == plan['trajectories per epoch, in network calls, at most']
     assert metrics['reward_queries'] == plan['reward queries per epoch']
     cells = round(metrics['preference/valid']*4*len(trainer.trained_steps))
     assert metrics['optimizer_steps'] == math.ceil(cells/2) and cells <= plan['(tree, step) comparisons per epoch, at most']
     assert {'epoch', 'reward/mean', 'loss', 'grad_norm', 'diversity', 'seconds/sample', 'seconds/reward', 'seconds/train'} <= metrics.keys()
     assert all(math.isfinite(value) for value in metrics.values() if value is not None)
+    assert not any(name.startswith(('anchor/', 'dense/')) for name in metrics)   # there are none
 
 
-def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path):
-    "One update of all comparisons, all of them valid: the gradient is the mean over processes"
+def test_the_shipped_judge_belongs_to_its_policy(make, judge):
+    with pytest.raises(ValueError, match="preference_model is 'tiny', which knows nothing but pictures of the policy tiny"): make(judge='tiny')
+    trainer = make(judge=load_preference('tiny'))   # whoever hands it over knows why
+    assert trainer.config.preference_model == 'given:tiny' and make(judge=judge).config.words()['judge'].startswith('preference, as handed to the trainer;')
+    assert make(judge=lambda images, timesteps, prompts: timesteps).config.preference_model == 'given:lambda'
+
+
+@pytest.mark.parametrize('valid', [4, 1, 3], ids=['all', 'one', 'three'])
+def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path, valid):
+    "One update of all comparisons, however many of them each process has: every one counts alike"
     settings = dict(num_steps=2, divert_start=1, candidates=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, preference_threshold=1e-9, preference_scale=50.)
+    if valid < 4:
+        gaps = compare_candidates(make(**settings).grow(0)[2].scores, 50.).gap[:, 1].sort(descending=True).values
+        settings.update(preference_threshold=(gaps[valid-1] + gaps[valid]).item()/2, epochs=1)   # so many pass, the processes have unequally many
     alone = make(**settings, output='alone')
-    assert alone.train()['preference/valid'] == 1 and len(alone.trained_steps) == 1
+    assert alone.train()['preference/valid'] == valid/4 and len(alone.trained_steps) == 1
     first, second = two_processes(f'''
         from test_spo import *
         config = SPOConfig(eval_samples=0, preference_model='reward', output_dir={str(tmp_path/'two')!r}, **{settings!r})
@@ -403,10 +468,9 @@ def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_pa
 def test_what_is_learnt_from(make, judge):
     "Winners and losers by the judge, at the timestep of the next call; only confident comparisons at trained steps are valid"
     untried = make(judge=judge)
-    untried.rollout(0)
-    middle = compare_candidates(untried.last_tree.scores, 50.).gap[:, 1:].median().item()
+    middle = compare_candidates(untried.grow(0)[2].scores, 50.).gap[:, 1:].median().item()
     trainer = make(judge=judge, preference_threshold=middle, output='other')
-    rollout, tree = trainer.rollout(0), trainer.last_tree
+    rollout, tree = trainer.rollout(0), trainer.grow(0)[2]
     winner, loser, gap = compare_candidates(tree.scores, 50.)
     times = [*trainer.scheduler.timesteps.tolist(), 0]
     for b in range(4):
@@ -486,10 +550,17 @@ def test_micro_batches_do_not_matter(make):
 
 def test_nothing_passes_the_threshold(make):
     "An epoch without a confident comparison teaches nothing, and says so"
-    trainer = make(preference_threshold=.999, preference_scale=1e-6, epochs=2)
+    trainer = make(preference_threshold=.9, preference_scale=1e-3, epochs=2)
     start = weights(trainer)
-    metrics = trainer.train()
+    with pytest.warns(UserWarning, match='taught nothing') as said: metrics = trainer.train()
     assert same(start, weights(trainer)) and metrics['optimizer_steps'] == 0 and metrics['preference/valid'] == 0 and metrics['epoch'] == 2
+    (message,) = [str(warning.message) for warning in said if 'taught nothing' in str(warning.message)]   # once
+    gaps = compare_candidates(make().grow(0)[2].scores, 1e-3).gap[:, 1:]
+    assert re.match(r'epoch 1 taught nothing: no comparison passed preference_threshold 0\.9, the largest gap in probability was ', message) and f'was {gaps.max():.2g};' in message
+    enough = float(re.search(r'raise preference_scale above (.+)\.$', message)[1])
+    assert make(preference_threshold=.9, preference_scale=1.01*enough, output='more').train()['optimizer_steps'] == 1
+    alike = make(judge=lambda images, timesteps, prompts: torch.zeros(len(images)), output='alike')
+    with pytest.warns(UserWarning, match='the judge finds all candidates equally good'): alike.train()
 
 
 @pytest.mark.parametrize('settings', [{}, dict(segment_steps=2)], ids=str)
@@ -505,6 +576,8 @@ def test_a_resumed_run_is_the_same_run(make, judge, settings, tmp_path):
     assert first == second and len(first) == 4
     other = make(epochs=5, candidates=2, resume=str(tmp_path/'parts'), **settings)
     with pytest.raises(ValueError, match='candidates is 2, but the run in .* was started with 3'): other.train()
+    with pytest.raises(ValueError, match="preference_model is 'reward', but the run in .* was started with 'given:preference'"):
+        make(**{**settings, 'judge': 'reward'}, epochs=5, resume=str(tmp_path/'parts')).train()
 
 
 def test_a_run_folder(make, tmp_path):
@@ -535,7 +608,7 @@ def test_from_the_command_line(pipeline, tmp_path, capsys):
     own = ['--recipe', 'spo', '--candidates', '2', '--preference_model', 'reward', '--preference_scale=50', '--preference_threshold', '1e-6']
     assert run(['tiny', *common, *own, '--output_dir', place, '--dry_run']) == 0
     plan = capsys.readouterr().out
-    assert re.search(r'judge +warmth of the prediction \(cheap mode\), threshold 1e-06', plan) and '2 trees per epoch' in plan and not (tmp_path/'run').exists()
+    assert re.search(r'judge +warmth of the prediction \(cheap mode\); threshold 1e-06', plan) and '2 trees per epoch' in plan and not (tmp_path/'run').exists()
     assert run(['tiny', *common, *own, '--output_dir', place, '--epochs', '1']) == 0
     assert run(['--resume', place, '--epochs', '2']) == 0
     assert [record['epoch'] for record in read_jsonl(tmp_path/'run'/'metrics.jsonl')] == [1, 2]
@@ -544,7 +617,18 @@ def test_from_the_command_line(pipeline, tmp_path, capsys):
     assert 'candidates is 3, but the run in' in capsys.readouterr().err
 
 
+def test_a_judge_that_was_handed_over_cannot_be_resumed_without_it(make, judge, tmp_path, capsys):
+    make(judge=judge, preference_threshold=.01, preference_scale=100., reward='warmth').train()
+    files = {path: path.read_bytes() for path in (tmp_path/'run').rglob('*') if path.is_file()}
+    assert json.loads((tmp_path/'run'/'config.json').read_text())['preference_model'] == 'given:preference'
+    assert run(['--resume', str(tmp_path/'run'), '--epochs', '2']) == 2
+    assert "preference_model is 'given:preference', a judge that was handed to the trainer and cannot be loaded by its name" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path/'run').rglob('*') if path.is_file()} == files
+
+
 @pytest.mark.parametrize('words, message', [
+    (['sd_turbo_aesthetic', '--recipe', 'spo', '--num_steps', '4'], "preference_model is 'tiny', which knows nothing but pictures of the policy tiny"),
+    (['tiny', '--recipe', 'spo', '--preference_model', './nowhere'], "preference_model is './nowhere', where nothing is"),
     (['tiny', '--recipe', 'spo', '--candidates', '1'], 'candidates is 1; give a whole number from 2 to 64.'),
     (['tiny', '--recipe', 'spo', '--preference_threshold', '1'], 'preference_threshold is 1.0'),
     (['tiny', '--recipe=spo', '--num_steps', '1'], 'num_steps is 1 with divert_start=None'),
