@@ -1,11 +1,11 @@
-"""LaSRO on the embedded model: how much a batch knows about the way up at few steps, and runs with one thing changed at a time.
+"""LaSRO on the embedded model: how much a batch knows about the way up at few steps, and runs with parts changed (`variants` says what).
 
     python benchmarks/lasro.py                                  # everything, seeds 1, 2, 3 -> benchmarks/results/experiments/lasro.jsonl
     python benchmarks/lasro.py --groups runs --names LaSRO --seeds 7
     python benchmarks/lasro.py --groups tuning                  # learning rate and anchor, seed 101 -> benchmarks/results/tuning/lasro.jsonl
 
 Each line is one measurement (group "gradients") or one training (group "runs"). What is there already is left alone, so an interrupted call
-goes on where it stopped. On one idle core the whole takes about 25 minutes, a run a little less than one.
+goes on where it stopped. On one idle core the whole takes about half an hour, a run a little less than one minute.
 """
 
 import argparse
@@ -30,28 +30,28 @@ from sdpo_nb.trainer import Callback, Trainer, versions
 results = Path(__file__).parent / "results"
 reward, other = "shapes_aesthetic", "shapes_alignment"
 unseen = [caption for caption in all_captions() if caption not in balanced][::7][:24]
-steps = (1, 2, 4, 8)
-tuned = dict(learning_rate=1e-3, anchor_weight=3.)   # by the group "tuning"
-# as many reward queries as SDPO asks in 16 epochs: 1,280; here 26*6*2 before the first round and 96 in each of ten
-common = dict(reward=reward, epochs=10, pretrain_prompts=26, pretrain_steps=60, surrogate_steps=10, eval_samples=0, checkpoint_every=1000, **tuned)
+steps = (1, 2, 4, 8, 16, 50)  # up to 8 for unseen captions, as the long ones take most of the time
+common = dict(reward=reward, eval_samples=0, checkpoint_every=1000)  # all else by default; no bearing on what is learnt
+defaults = LaSROConfig()
+# 1,272 reward queries: 26*6*2 before the first round and 8*6*2 in each of ten. SDPO asks 1,280 in 16 epochs
 variants = {  # name -> what is changed
     "LaSRO": {},
-    "no online adaptation": {"surrogate_steps": 0},
+    "no online adaptation": {"surrogate_steps": 0},    # nothing learns from the 960 queries of the rounds: they only watch
     "no anchor": {"anchor_weight": 0.},
-    "three times the learning rate": {"learning_rate": 3*tuned["learning_rate"]},
-    "only the head learns": {"surrogate_learns": "head", "surrogate_learning_rate": 3e-3},
+    "three times the learning rate": {"learning_rate": 3*defaults.learning_rate},
+    "only the head learns, ten times as fast": {"surrogate_learns": "head", "surrogate_learning_rate": 10*defaults.surrogate_learning_rate},  # a head alone is slow
     "no gradient through the re-noising": {"through_noise": False},
-    "one step": {"num_steps": 1, "pretrain_prompts": 52, "pairs_per_epoch": 16},
+    "one step": {"num_steps": 1, "pretrain_prompts": 52, "pairs_per_epoch": 16},  # twice the prompts, as each sample is one query instead of two
 }
 tuning = {f"learning rate {rate:g}, anchor {weight:g}": {"learning_rate": rate, "anchor_weight": weight}
-          for rate, weight in ((1e-3, 3.), (3e-3, 3.), (1e-3, 1.), (3e-3, 30.))}
+          for rate, weight in ((1e-3, 1.5), (3e-3, 1.5), (1e-3, .5), (3e-3, 15.))}
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
 def measure(policy, prompts) -> dict:
     "Reward, alignment, agreement and diversity at every step count, on fixed pairs of prompt and noise"
-    found = step_generalization(policy, reward, list(prompts), steps=steps, samples=48, seed=2000, other_rewards={other: other})
+    found = step_generalization(policy, reward, list(prompts), steps=steps if prompts is balanced else steps[:4], samples=48, seed=2000, other_rewards={other: other})
     return {"prompts": "trained" if prompts is balanced else "unseen", "steps": found.steps, "n": len(found.prompts), "mean": found.mean.tolist(), "std": found.std.tolist(),
             "agreement": found.agreement.tolist(), "diversity": found.diversity.tolist(), "other_rewards": {other: found.other_rewards[other].mean(1).tolist()}}
 
@@ -97,10 +97,10 @@ def run(group, name, changes, seed) -> dict:
 batches, trajectories = 8, 32
 
 
-def policy_gradients(recipe, num_steps, seed) -> tuple:
+def policy_gradients(recipe, num_steps, seed, **changes) -> tuple:
     "Gradients of independent batches, all trained steps of all trajectories in each; the trainer that made them"
-    one_step = dict(credit="causal", train_last_step=True) if num_steps == 1 else {}   # without these SDPO has no signal at one step, and says so
-    config = TrainConfig(recipe=recipe, reward=reward, num_steps=num_steps, pairs_per_epoch=trajectories//2, order="step_accumulated", eval_samples=0, seed=seed, **one_step)
+    if num_steps == 1: changes |= dict(credit="causal", train_last_step=True)   # without these SDPO has no signal at one step, and says so
+    config = TrainConfig(recipe=recipe, reward=reward, num_steps=num_steps, pairs_per_epoch=trajectories//2, order="step_accumulated", eval_samples=0, seed=seed, **changes)
     trainer, gradients = Trainer(load_policy("tiny", device="cpu"), reward, "shapes", config, []), []
     for epoch in range(batches):
         rollout = trainer.rollout(epoch)
@@ -153,13 +153,15 @@ def reward_of_a_step(trainer, gradient, moved=.1) -> dict:
     return {"steps": [1, 2], "mean": [change[count].mean().item() for count in (1, 2)], "standard_error": [(change[count].std()/len(prompts)**.5).item() for count in (1, 2)]}
 
 
-methods = {f"{label}, T={count}": (recipe, count) for label, recipe in (("SDPO", "sdpo"), ("DDPO", "ddpo"), ("surrogate", None)) for count in (10, 2, 1) if recipe or count <= 2}
+apart = {"sampling": "independent_pair"}   # the two of a pair begin with noise of their own; all else as SDPO
+methods = {f"{label}, T={count}": (recipe, count, changes) for label, recipe, changes in (("SDPO", "sdpo", {}), ("SDPO unpaired", "sdpo", apart), ("DDPO", "ddpo", {}), ("surrogate", None, {}))
+           for count in (10, 2, 1) if recipe or count <= 2}
 
 
 def gradients(name, seed) -> dict:
     "How much of a batch's gradient is signal, and what its direction is worth"
-    started, (recipe, count) = time.process_time(), methods[name]
-    found, trainer = policy_gradients(recipe, count, seed) if recipe else surrogate_gradients(count, seed)
+    started, (recipe, count, changes) = time.process_time(), methods[name]
+    found, trainer = policy_gradients(recipe, count, seed, **changes) if recipe else surrogate_gradients(count, seed)
     signal, noise = signal_and_noise(found)
     return line("gradients", name, trainer.config, started, num_steps=count, batches=batches, trajectories=trajectories, signal=signal, noise=noise,
                 reward_queries=trainer.counts["reward_queries"], change=reward_of_a_step(trainer, found.mean(0)))

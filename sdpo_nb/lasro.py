@@ -6,8 +6,8 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/lasro.html.md"""
 
 # %% auto #0
 __all__ = ['copy_encoder', 'LatentReward', 'score_outputs', 'RankedPairs', 'best_and_worst', 'bradley_terry_loss', 'ranked_loss',
-           'ranking_accuracy', 'ReplayBuffer', 'RunningScale', 'clean_prediction', 'few_step_outputs', 'LaSROConfig',
-           'check_lasro', 'lasro_plan', 'LaSROTrainer', 'gains_since', 'shown_pair']
+           'ranking_accuracy', 'ReplayBuffer', 'RunningScale', 'few_step_outputs', 'LaSROConfig', 'check_lasro',
+           'lasro_plan', 'LaSROTrainer', 'prompt_means', 'mean_and_error', 'gains_since', 'shown_pair']
 
 # %% ../nbs/18_lasro.ipynb #3fbf333c
 import math
@@ -20,10 +20,10 @@ from torch import nn
 
 # %% ../nbs/18_lasro.ipynb #b4752b18
 from .config import TrainConfig, choose
-from .mdp import (StepCoefficients, consistency_output, few_step_timesteps, hash_seed, is_consistency, keyed_noise, make_sampler, predict_x0,
+from .mdp import (StepCoefficients, clean_prediction, few_step_timesteps, hash_seed, keyed_noise, make_sampler,
                          sample_trajectories, step_coefficients, transition)
 from .recipes import recipes
-from .trainer import Rollout, Trainer, pair_diversity
+from .trainer import Rollout, Trainer, most_skipped, pair_diversity
 
 # %% ../nbs/18_lasro.ipynb #d92cda14
 def copy_encoder(
@@ -63,6 +63,14 @@ class LatentReward(nn.Module):
         if self.learns == "head": self.encoder.requires_grad_(False)
         return self
 
+    def learned_state(self) -> dict:
+        "What a checkpoint has to hold: where only the head learns, the encoder is the policy's own and can be copied again"
+        return {name: tensor for name, tensor in self.state_dict().items() if self.learns == "encoder" or not name.startswith("encoder.")}
+
+    def load_learned_state(self, state: dict):  # from `learned_state`
+        "The counterpart"
+        self.load_state_dict({**self.state_dict(), **state})
+
     def conditions(self, embedding):  # `PromptEmbedding`; keyword arguments of the encoder
         "The prompt as this family of UNets is told about it, in float32"
         def wide(value):
@@ -74,9 +82,8 @@ class LatentReward(nn.Module):
         latents: torch.Tensor,  # `[B,C,H,W]`, clean
         embedding,              # `PromptEmbedding` of B prompts
     ) -> torch.Tensor:          # `[B]` float32; only differences within a prompt mean something: they are log-odds
-        "How good the surrogate finds these latents; float32 weights, computed in the policy's precision"
-        half = self.policy.dtype != torch.float32
-        with torch.autocast(latents.device.type, dtype=self.policy.dtype if half else None, enabled=half):
+        "How good the surrogate finds these latents. In float32, or bfloat16 where that is the policy's precision; never in float16, in whose narrow range its gradient would need a loss scale of its own"
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.policy.dtype == torch.bfloat16):
             features = self.encoder(latents.float(), self.timestep, **self.conditions(embedding), return_dict=False)[0]
             return self.score(self.features(features).mean((2, 3)))[:, 0].float()
 
@@ -189,31 +196,22 @@ class RunningScale:
         scores: torch.Tensor,  # `[B,T]`
         recentre: bool=False,  # True: the mean is that of these scores, whatever came before, as a refitted surrogate may shift all its scores
     ):
-        "Take note of scores; nothing is normalised by statistics that it took part in"
+        "Take note of scores; nothing is normalised by statistics that it took part in. A sample with a score that is no number is left out, as one overflow would stay in the mean for good"
         scores = scores.detach().cpu()
+        scores = scores[scores.isfinite().all(1)]
+        if not len(scores): return
         self.mean = scores.mean(0) if recentre else self.decay*self.mean + (1-self.decay)*scores.mean(0)
         self.largest = torch.maximum(self.decay*self.largest, (scores - self.mean).abs().amax(0))
 
-    def normalised(self, scores): return (scores - self.mean.to(scores))/self.largest.to(scores).clamp(min=1e-6)
+    def normalised(self, scores):  # `[B,T]`
+        "Centred and scaled, not yet clipped"
+        return (scores - self.mean.to(scores))/self.largest.to(scores).clamp(min=1e-6)
+
     def __call__(self, scores): return self.normalised(scores).clamp(max=1)   # `[B,T]`; no gradient above
     def state_dict(self): return dict(mean=self.mean, largest=self.largest)
     def load_state_dict(self, state): self.mean, self.largest = state["mean"], state["largest"]
 
 # %% ../nbs/18_lasro.ipynb #8b4eee9d
-def clean_prediction(
-    scheduler,                       # with its timesteps set
-    output: torch.Tensor,            # `[B,C,H,W]` of the network
-    state: torch.Tensor,             # `[B,C,H,W]`
-    timestep: int,
-    coefficients: StepCoefficients,  # broadcastable to `state`
-) -> tuple:                          # clean latent and noise, `[B,C,H,W]`
-    "What the network promises, with its gradient; as `ddim_step` has it"
-    pred_x0, epsilon = predict_x0(output, state, coefficients.alpha_bar, scheduler.config.prediction_type)
-    if scheduler.config.clip_sample: pred_x0 = pred_x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-    if is_consistency(scheduler): pred_x0 = consistency_output(scheduler, torch.tensor([timestep], device=state.device), state, pred_x0)
-    return pred_x0, epsilon
-
-# %% ../nbs/18_lasro.ipynb #590dcee1
 def few_step_outputs(
     predict,                         # (state `[B,C,H,W]`, timestep int) -> output of the network `[B,C,H,W]`
     scheduler,                       # with its timesteps set
@@ -227,11 +225,12 @@ def few_step_outputs(
     "The clean latents after each step, as functions of the network's weights: `sample_trajectories` with a gradient"
     state, outputs, references = initial, [], []
     for i, timestep in enumerate(scheduler.timesteps.tolist()):
-        coefficients = StepCoefficients(*(c.to(state.device).view(1, 1, 1, 1) for c in step_coefficients(scheduler, timestep, eta, prev_timestep)))
-        pred_x0, epsilon = clean_prediction(scheduler, predict(state, timestep), state.float(), timestep, coefficients)
+        coefficients, now = StepCoefficients(*(c.to(state.device).view(1, 1, 1, 1) for c in step_coefficients(scheduler, timestep, eta, prev_timestep))), torch.tensor([timestep], device=state.device)
+        def clean(output, state): return clean_prediction(scheduler, output, state.float(), now, coefficients.alpha_bar)
+        pred_x0, epsilon = clean(predict(state, timestep), state)
         outputs.append(pred_x0)
         if reference:
-            with torch.no_grad(): references.append(clean_prediction(scheduler, reference(state.detach(), timestep), state.detach().float(), timestep, coefficients)[0])
+            with torch.no_grad(): references.append(clean(reference(state.detach(), timestep), state.detach())[0])
         mean, std = transition(pred_x0, epsilon, coefficients)
         state = (mean + std*noises[:, i]).to(initial.dtype)
         if not through_noise: state = state.detach()
@@ -243,21 +242,23 @@ class LaSROConfig(TrainConfig):
     "Settings of LaSRO: those of every run, and its own. `pairs_per_epoch` counts prompts drawn for fresh labels, each as dear as `candidates` trajectories; `pairs_per_update` counts pairs behind a step of the surrogate"
     recipe: str = "lasro"                    # the method
     num_steps: int = 2                       # T, 1 or 2: the outputs after each of them are trained
-    epochs: int = 20                         # rounds of labelling, surrogate steps and generator steps
+    epochs: int = 10                         # rounds of labelling, surrogate steps and generator steps
     pairs_per_epoch: int = 8                 # prompts with fresh labels in each round; a pair is the best and the worst of each
     candidates: int = 6                      # N_s: initial noises for each of these prompts
     learning_rate: float = 1e-3              # of AdamW, for the LoRA of the generator
     generator_batch: int = 16                # samples behind each step of the generator
     generator_steps: int = 5                 # of the generator in each round
-    surrogate_steps: int = 20                # of the surrogate in each round; 0: no online adaptation
+    surrogate_steps: int = 10                # of the surrogate in each round; 0: no online adaptation
     surrogate_learning_rate: float = 3e-4    # of AdamW, for the surrogate
     surrogate_learns: str = "encoder"        # encoder (with its head) or head
-    pretrain_prompts: int = 40               # prompts drawn for the labels of the pre-training
-    pretrain_steps: int = 200                # of the surrogate before the first round
+    pretrain_prompts: int = 26               # prompts drawn for the labels of the pre-training; each prompt comes up before any comes twice
+    pretrain_steps: int = 60                # of the surrogate before the first round
     replay_size: int = 128                   # pairs remembered, the newest
-    anchor_weight: float = 1.0               # c, of the squared distance from the outputs of the frozen generator
+    anchor_weight: float = 1.5               # c, of the mean squared distance from the outputs of the frozen generator; it weighs as much at one step as at two
     through_noise: bool = True               # the gradient of the second output reaches the first step
-    alarm_patience: int = 0                  # stop after so many alarms in a row; 0 never stops on them
+    alarm_patience: int = 0                  # stop after so many rounds in a row with an alarm; 0 never stops on them
+
+    has_log_ratios = False  # so steps need no density, and updates no pairs that belong together
 
     def check(self):
         "Raise ValueError for settings of LaSRO that cannot be"
@@ -284,6 +285,7 @@ def check_lasro(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high or not (closed or value): refuse(field, f"a number {'from' if closed else 'above'} 0 and at most {high:g}")
     if not isinstance(c.through_noise, bool): refuse("through_noise", "True or False")
     choose("surrogate_learns", c.surrogate_learns, ("encoder", "head"))
+    if c.sampling == "single": refuse("sampling", "'independent_pair', or leave it out: prompts are drawn once for all their candidates")
     if not c.lora_rank: refuse("lora_rank", "at least 1: the anchor is the policy with its LoRA switched off")
     if c.kl_coefficient: refuse("kl_coefficient", "0, and set anchor_weight instead: LaSRO has no log-probabilities to take a divergence of")
 
@@ -305,7 +307,7 @@ class LaSROTrainer(Trainer):
     "Aligns a policy with a reward through a learnt, differentiable surrogate of it: label, refit, follow"
     def __init__(self, policy, reward, prompts, config=None, callbacks=None):
         super().__init__(policy, reward, prompts, config or LaSROConfig(), callbacks)
-        self.counts.update(surrogate_steps=0, alarms_in_a_row=0, best_true=0., best_claimed=0.)
+        self.counts.update(surrogate_steps=0, surrogate_skipped=0, surrogate_skipped_in_a_row=0, alarms_in_a_row=0, best_true=0., best_error=0., best_claimed=0.)
 
     @property
     def width(self): return self.config.candidates  # trajectories that a unit costs
@@ -314,7 +316,8 @@ class LaSROTrainer(Trainer):
         c = self.config
         self.scheduler, self.policy.guidance_scale = make_sampler(self.policy.scheduler), c.guidance_scale
         few_step_timesteps(self.scheduler, c.num_steps)
-        self.prev_timestep, self.weights = recipes[c.recipe].prev_timestep, c.step_weight**torch.arange(c.num_steps)
+        self.prev_timestep, weights = recipes[c.recipe].prev_timestep, c.step_weight**torch.arange(c.num_steps)
+        self.weights = weights/weights.sum()   # a mean over the outputs, as the anchor is
 
     def setup_optimizer(self):
         c = self.config
@@ -327,11 +330,14 @@ class LaSROTrainer(Trainer):
         self.replay, self.scale, self.before = ReplayBuffer(c.replay_size), RunningScale(c.num_steps), None
 
     def own_state(self):
-        return dict(surrogate=self.surrogate.state_dict(), surrogate_optimizer=self.surrogate_optimizer.state_dict(), replay=self.replay.state_dict(),
+        "Surrogate, its optimiser, memory, scale and the samples from before training"
+        return dict(surrogate=self.surrogate.learned_state(), surrogate_optimizer=self.surrogate_optimizer.state_dict(), replay=self.replay.state_dict(),
                     scale=self.scale.state_dict(), before=self.before)
 
     def load_own_state(self, state):
-        for name in ("surrogate", "surrogate_optimizer", "replay", "scale"): getattr(self, name).load_state_dict(state[name])
+        "What `own_state` gave"
+        self.surrogate.load_learned_state(state["surrogate"])
+        for name in ("surrogate_optimizer", "replay", "scale"): getattr(self, name).load_state_dict(state[name])
         self.before = state["before"]
 
     def finished(self): return super().finished() or 0 < self.config.alarm_patience <= self.counts["alarms_in_a_row"]
@@ -375,7 +381,7 @@ def surrogate_step(
     self: LaSROTrainer,
     pairs: RankedPairs,
 ) -> float:  # the loss
-    "One step of AdamW on Bradley–Terry, in portions; a gradient that is not finite is dropped"
+    "One step of AdamW on Bradley–Terry, in portions; a gradient that is not finite is dropped and counted"
     c, total = self.config, 0.
     for index in torch.arange(len(pairs)).split(c.micro_batch):
         part = pairs[index]
@@ -383,10 +389,25 @@ def surrogate_step(
         (loss*len(index)/len(pairs)).backward()
         total += loss.item()*len(index)/len(pairs)
     learning = self.surrogate_optimizer.param_groups[0]["params"]
-    if torch.nn.utils.clip_grad_norm_(learning, c.max_grad_norm).isfinite(): self.surrogate_optimizer.step()
+    finite = torch.nn.utils.clip_grad_norm_(learning, c.max_grad_norm).isfinite().item()
+    if finite: self.surrogate_optimizer.step()
     self.surrogate_optimizer.zero_grad()
-    self.counts["surrogate_steps"] += 1
+    self.note_surrogate_gradient(finite)
     return total
+
+@patch
+def note_surrogate_gradient(
+    self: LaSROTrainer,
+    finite: bool,  # was it a number?
+):
+    "Count the surrogate's steps, made and dropped; raises RuntimeError after as many in a row as the generator may drop"
+    counts = self.counts
+    counts["surrogate_steps"] += finite
+    counts["surrogate_skipped"] += not finite
+    counts["surrogate_skipped_in_a_row"] = 0 if finite else counts["surrogate_skipped_in_a_row"]+1
+    if counts["surrogate_skipped_in_a_row"] >= most_skipped:
+        raise RuntimeError(f"The gradient of the surrogate was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these steps were dropped. "
+                           "Start a new run with a lower surrogate_learning_rate, or with precision='fp32'.")
 
 @patch
 def fit_surrogate(
@@ -422,12 +443,14 @@ def remember(
 
 @patch
 def pretrain(self: LaSROTrainer):
-    "Fit the surrogate to the policy as it is, and keep two samples of each prompt: the state that later claims of progress refer to"
+    "Fit the surrogate to the policy as it is, and keep all labelled samples: the state that later claims of progress refer to"
     c, generator = self.config, torch.Generator().manual_seed(hash_seed(self.config.seed, "pretraining"))
-    prompts = [self.prompts[i] for i in torch.randint(len(self.prompts), (c.pretrain_prompts,), generator=generator)]
+    passes = math.ceil(c.pretrain_prompts/len(self.prompts))   # shuffled passes through the list, so that as many prompts as can be have a past to compare with
+    order = torch.cat([torch.randperm(len(self.prompts), generator=generator) for _ in range(passes)])[:c.pretrain_prompts]
+    prompts = [self.prompts[i] for i in order]
     rollout = self.label(prompts, "pretraining")
     self.remember(rollout)
-    self.before = dict(prompts=prompts*2, outputs=rollout.pred_x0[:2].flatten(0, 1).cpu(), rewards=rollout.rewards[:2].flatten(0, 1).clone())
+    self.before = dict(prompts=prompts*c.candidates, outputs=rollout.pred_x0.flatten(0, 1).cpu().clone(), rewards=rollout.rewards.flatten(0, 1).clone())
     self.fit_surrogate(c.pretrain_steps, "pretraining")
 
 # %% ../nbs/18_lasro.ipynb #e908fba7
@@ -438,7 +461,7 @@ def generator_loss(
     initial: torch.Tensor,  # `[B,C,H,W]`
     noises: torch.Tensor,   # `[B,T,C,H,W]`
 ) -> tuple:                 # scalar with its graph, surrogate scores `[B,T]`, and what to log
-    "Minus the normalised, clipped surrogate of every output, and the anchor (ours, for want of a teacher): squared distance from what the frozen generator says at the same states"
+    "Minus the normalised, clipped surrogate, plus the anchor (ours, for want of a teacher): squared distance from what the frozen generator says at the same states. Both are means over the outputs"
     c, embedding = self.config, self.policy.embed(prompts)
     def predict(x, t): return self.policy.predict(x, t, embedding)
     def frozen(x, t):
@@ -471,48 +494,74 @@ def generator_step(
     return {**log, "grad_norm": self.optimizer_step()}
 
 # %% ../nbs/18_lasro.ipynb #6d27d89f
+def prompt_means(
+    values: torch.Tensor,  # `[N,T]`
+    prompts: list,         # N
+) -> dict:                 # prompt -> `[T]`
+    "Means over all values of a prompt"
+    rows = {}
+    for row, prompt in enumerate(prompts): rows.setdefault(prompt, []).append(row)
+    return {prompt: values[chosen].mean(0) for prompt, chosen in rows.items()}
+
+def mean_and_error(
+    values: torch.Tensor,  # `[N,T]` of independent N; rows with NaN do not count
+) -> tuple:                # mean `[T]`, NaN where there is none; its standard error `[T]`, infinite for fewer than two
+    "The mean over prompts, and how far it may be off"
+    values = values[~values.isnan().any(1)]
+    error = values.std(0)/len(values)**.5 if len(values) > 1 else torch.full(values.shape[1:], math.inf)
+    return values.mean(0), error
+
+# %% ../nbs/18_lasro.ipynb #60c4d7c3
 def gains_since(
     values: torch.Tensor,  # `[N,T]`
     prompts: list,         # N
     before: torch.Tensor,  # `[M,T]`
     prompts_before: list,  # M
 ) -> tuple:                # mean `[T]` and its standard error `[T]`, both in standard deviations of `before` within a prompt
-    "What was gained over earlier values of the same prompt, or of all prompts where this one was not among them"
-    own = {prompt: before[[i for i, name in enumerate(prompts_before) if name == prompt]].mean(0) for prompt in set(prompts_before)}
+    "What was gained over earlier values of the same prompt. Prompts count alike, however many samples they have; those without earlier values do not count"
+    own, now = prompt_means(before, prompts_before), prompt_means(values, prompts)
     within = before - torch.stack([own[prompt] for prompt in prompts_before])
     unit = (within.square().sum(0)/max(1, len(within) - len(own))).sqrt().clamp(min=1e-6)
-    gains = (values - torch.stack([own.get(prompt, before.mean(0)) for prompt in prompts]))/unit
-    return gains.mean(0), gains.std(0, correction=0)/len(gains)**.5
+    known = [now[prompt] - own[prompt] for prompt in now if prompt in own]
+    return mean_and_error(torch.stack(known)/unit if known else unit.new_zeros(0, len(unit)))
 
+# %% ../nbs/18_lasro.ipynb #2695b8a0
 @patch
 def compare_claims(
     self: LaSROTrainer,
     rollout: Rollout,  # fresh and labelled; the surrogate has not yet learnt from it
-) -> dict:             # of metrics
+) -> dict:             # of metrics; None where there is nothing to tell
     "True and claimed gain since before training, and how well the surrogate orders samples that it has never seen"
-    prompts, rewards = rollout.prompts*self.config.candidates, rollout.rewards.flatten(0, 1)
+    prompts, rewards, K = rollout.prompts*self.config.candidates, rollout.rewards.flatten(0, 1), self.config.candidates
     scores = self.surrogate_scores(rollout.pred_x0.flatten(0, 1), prompts)
     true, error = gains_since(rewards, prompts, self.before["rewards"], self.before["prompts"])
     claimed, _ = gains_since(scores, prompts, self.surrogate_scores(self.before["outputs"], self.before["prompts"]), self.before["prompts"])
-    right = ranking_accuracy(scores.unflatten(0, (self.config.candidates, -1)).transpose(0, 1), rollout.rewards.transpose(0, 1))
-    self.note_claims(true[-1].item(), error[-1].item(), claimed[-1].item())
-    columns = {"reward": rewards.mean(0), "gain/true": true, "gain/claimed": claimed, "surrogate/accuracy": right}
-    return {**{f"{name}/step_{i+1}": value.item() for name, values in columns.items() for i, value in enumerate(values)}, "alarm": int(self.counts["alarms_in_a_row"] > 0)}
+    groups = scores.unflatten(0, (K, -1)).transpose(0, 1), rollout.rewards.transpose(0, 1)     # both [G,K,T]
+    _, doubt = mean_and_error(torch.stack([ranking_accuracy(*group) for group in zip(*groups)]))
+    columns = {"reward": rewards.mean(0), "gain/true": true, "gain/error": error, "gain/claimed": claimed, "surrogate/accuracy": ranking_accuracy(*groups), "surrogate/accuracy_error": doubt}
+    alarm = self.note_claims(*(columns[name][-1].item() for name in ("gain/true", "gain/error", "gain/claimed", "surrogate/accuracy", "surrogate/accuracy_error")))
+    finite = {f"{name}/step_{i+1}": value if math.isfinite(value) else None for name, values in columns.items() for i, value in enumerate(values.tolist())}
+    return {**finite, "alarm": int(alarm)}
 
+# %% ../nbs/18_lasro.ipynb #a97e8df1
 @patch
 def note_claims(
     self: LaSROTrainer,
-    true: float,     # gain of the last output
-    error: float,    # its standard error
-    claimed: float,  # by the surrogate
-):
-    "The alarm, a rule of ours: the truth is clearly worse than at its best, and the surrogate claims no less than it did then"
+    true: float,      # gain of the last output
+    error: float,     # its standard error
+    claimed: float,   # gain, by the surrogate
+    accuracy: float,  # share of fresh pairs of the last output in order
+    doubt: float,     # its standard error
+) -> bool:            # does the alarm ring?
+    "Two rules of ours. The surrogate cannot be told from a coin; or the truth is clearly below its best while the surrogate claims no less than it did then. What is NaN or infinitely uncertain proves nothing"
     counts = self.counts
-    alarm = true + 2*error < counts["best_true"] and claimed >= counts["best_claimed"]
-    counts["alarms_in_a_row"] = counts["alarms_in_a_row"] + 1 if alarm else 0
-    if true > counts["best_true"]: counts.update(best_true=true, best_claimed=claimed)
+    coin = accuracy - 2*doubt <= .5 and math.isfinite(doubt)
+    fallen = true + 2*math.hypot(error, counts["best_error"]) < counts["best_true"] and claimed >= counts["best_claimed"]
+    counts["alarms_in_a_row"] = counts["alarms_in_a_row"] + 1 if coin or fallen else 0
+    if true > counts["best_true"] and math.isfinite(error): counts.update(best_true=true, best_error=error, best_claimed=claimed)
+    return coin or fallen
 
-# %% ../nbs/18_lasro.ipynb #60c4d7c3
+# %% ../nbs/18_lasro.ipynb #da066f6c
 @patch
 def train_epoch(self: LaSROTrainer) -> dict:  # metrics
     "Label fresh samples, compare, refit the surrogate, follow it"
@@ -528,7 +577,7 @@ def train_epoch(self: LaSROTrainer) -> dict:  # metrics
     logs = [self.generator_step(epoch, number) for number in range(c.generator_steps)]
     self.seconds["train"] = time.perf_counter()-started
     self.counts["epoch"], self.last_rollout = epoch+1, shown_pair(rollout)
-    counted = ("epoch", "samples", "reward_queries", "optimizer_steps", "skipped_updates", "surrogate_steps")
+    counted = ("epoch", "samples", "reward_queries", "optimizer_steps", "skipped_updates", "surrogate_steps", "surrogate_skipped")
     return {**{name: self.counts[name] for name in counted}, "reward/mean": rollout.outcome.mean().item(), "reward/std": rollout.outcome.std(correction=0).item(),
             **{name: sum(log[name] for log in logs)/len(logs) for name in logs[0]}, "surrogate/loss": sum(losses)/len(losses) if losses else None, **claims,
             "diversity": pair_diversity(rollout.prompts, rollout.pred_x0[:, :, -1]), **{f"seconds/{name}": round(value, 4) for name, value in self.seconds.items()}}

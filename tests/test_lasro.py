@@ -15,6 +15,7 @@ from sdpo_nb.lasro import (LaSROConfig, LaSROTrainer, LatentReward, RankedPairs,
 from sdpo_nb.mdp import make_sampler, sample_trajectories
 from sdpo_nb.models import load_policy
 from sdpo_nb.rewards import jpeg_compressibility
+from sdpo_nb.trainer import Callback, most_skipped, newest_checkpoint
 
 script = Path(__file__).parent.parent/'benchmarks'/'random_models.py'
 spec = importlib.util.spec_from_file_location('random_models', script)
@@ -108,6 +109,17 @@ def test_half_precision_policies_get_a_float32_surrogate():
     assert scores.dtype == torch.float32 and {parameter.dtype for parameter in surrogate.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize('precision, expected', [('fp32', torch.float32), ('bf16', torch.bfloat16), ('fp16', torch.float32)])
+def test_the_surrogate_never_computes_in_float16(policy, precision, expected):
+    "Its gradient would underflow there without a loss scale"
+    surrogate, seen = LatentReward(policy), []
+    policy.pipeline.unet.to(dtype := dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision])
+    assert policy.dtype == dtype
+    surrogate.encoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    surrogate(torch.randn(2, *policy.latent_shape, dtype=dtype), policy.embed(prompts)).sum().backward()
+    assert seen == [expected] and surrogate.encoder.conv_in.weight.grad.isfinite().all() and surrogate.encoder.conv_in.weight.grad.abs().max() > 0
+
+
 # --- pairs ---------------------------------------------------------------------------------------
 
 def test_best_and_worst_are_chosen_at_each_step():
@@ -183,6 +195,17 @@ def test_the_running_scale_by_hand():
     assert RunningScale(2)(torch.zeros(3, 2)).isfinite().all()
 
 
+@pytest.mark.parametrize('recentre', [False, True])
+def test_an_overflow_leaves_the_running_scale_alone(recentre):
+    scale, clean = RunningScale(2), RunningScale(2)
+    good = torch.tensor([[0., 1.], [4., 3.]])
+    clean.update(good, recentre=recentre)
+    scale.update(torch.cat([good, torch.tensor([[math.inf, 1.], [2., math.nan]])]), recentre=recentre)
+    assert torch.equal(scale.mean, clean.mean) and torch.equal(scale.largest, clean.largest)
+    scale.update(torch.full((2, 2), math.nan), recentre=recentre)
+    assert torch.equal(scale.mean, clean.mean) and scale(good).isfinite().all()
+
+
 # --- gradients through few steps -----------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', kinds)
@@ -253,6 +276,8 @@ def test_a_resumed_run_is_the_same_run_bit_by_bit(tmp_path, fields):
     assert [numbers(line) for line in read_jsonl(tmp_path/'straight'/'metrics.jsonl')] == [numbers(line) for line in read_jsonl(tmp_path/'broken'/'metrics.jsonl')]
     assert torch.equal(straight.replay.pairs.latents, resumed.replay.pairs.latents) and straight.counts == resumed.counts
     assert torch.equal(straight.scale.largest, resumed.scale.largest)
+    kept = newest_checkpoint(tmp_path/'broken')['own']['surrogate']
+    assert any(name.startswith('encoder.') for name in kept) == (fields.get('surrogate_learns') != 'head') and {'score.weight', 'features.1.weight'} <= kept.keys()
 
 
 def test_the_generator_starts_at_its_anchor_and_is_pulled_back_to_it(policy, tmp_path):
@@ -298,6 +323,54 @@ def test_every_family_of_models_is_trained(folders, tmp_path, kind, num_steps):
     assert math.isfinite(metrics['loss']) and metrics['grad_norm'] > 0 and metrics['optimizer_steps'] == 1 and f'reward/step_{num_steps}' in metrics
 
 
+@pytest.mark.parametrize('num_steps', [1, 2])
+def test_reward_and_anchor_are_means_over_the_outputs(tmp_path, num_steps):
+    "So that anchor_weight says the same at one step and at two, and step_weight only shifts weight between outputs"
+    for step_weight in (1., .5):
+        trainer = make(spoil(load_policy('tiny', device='cpu')), tmp_path/'run', num_steps=num_steps, step_weight=step_weight, anchor_weight=1.5)
+        trainer.pretrain()
+        trainer.scale.mean, trainer.scale.largest = torch.zeros(num_steps), torch.ones(num_steps)
+        trainer.surrogate.forward = lambda latents, embedding: torch.full((len(latents),), .25)
+        loss, _, parts = trainer.generator_loss(prompts, *trainer.noise(torch.arange(2), 'test'))
+        assert loss.item() == pytest.approx(1.5*parts['anchor'] - .25, abs=1e-6) and trainer.weights.sum().item() == pytest.approx(1.)
+
+
+def test_a_score_that_overflows_costs_one_update_and_not_the_run(policy, tmp_path):
+    trainer = make(policy, tmp_path/'run', generator_steps=3)
+    score, calls = trainer.surrogate.forward, []
+    def overflow_once(latents, embedding):
+        scores = score(latents, embedding)
+        calls.append(scores.requires_grad and not trainer.surrogate.score.weight.requires_grad)   # a generator step
+        return scores*math.inf if calls[-1] and sum(calls) == 1 else scores
+    trainer.surrogate.forward = overflow_once
+    metrics = trainer.train()
+    assert metrics['skipped_updates'] == 1 and metrics['optimizer_steps'] == 5 and math.isfinite(metrics['loss'])
+    assert trainer.scale.mean.isfinite().all() and trainer.scale.largest.isfinite().all()
+
+
+def test_dropped_steps_of_the_surrogate_are_counted_and_end_in_one_sentence(policy, tmp_path):
+    trainer = make(policy, tmp_path/'run', pretrain_steps=0)
+    trainer.pretrain()
+    trainer.replay.pairs.latents[0, 0] = math.inf
+    pairs, before = trainer.replay.pairs, trainer.surrogate.score.weight.clone()
+    for number in range(1, most_skipped):
+        trainer.surrogate_step(pairs)
+        assert (trainer.counts['surrogate_steps'], trainer.counts['surrogate_skipped']) == (0, number)
+    with pytest.raises(RuntimeError, match=f'gradient of the surrogate was infinite or NaN {most_skipped} times in a row'): trainer.surrogate_step(pairs)
+    assert torch.equal(before, trainer.surrogate.score.weight)
+    trainer.counts['surrogate_skipped_in_a_row'] = 3
+    pairs.latents[0, 0] = 0.
+    trainer.surrogate_step(pairs)
+    assert trainer.counts['surrogate_steps'] == 1 and trainer.counts['surrogate_skipped_in_a_row'] == 0
+
+
+def test_several_processes_are_refused(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr('accelerate.Accelerator.num_processes', 2)
+    monkeypatch.setattr('sdpo_nb.trainer.check_processes', lambda *given: None)
+    monkeypatch.setattr(policy.pipeline, 'to', lambda device: policy.pipeline)
+    with pytest.raises(ValueError, match='LaSRO runs on one process, not on 2; start it without accelerate launch'): make(policy, tmp_path/'run')
+
+
 def test_gradient_checkpointing_changes_memory_and_not_the_run(tmp_path):
     kept, again = (make(load_policy('tiny', device='cpu'), tmp_path/str(on), epochs=1, gradient_checkpointing=on).train() for on in (False, True))
     assert kept['loss'] == pytest.approx(again['loss'], abs=1e-4) and kept['grad_norm'] == pytest.approx(again['grad_norm'], rel=1e-2)
@@ -314,8 +387,46 @@ def test_gains_are_in_standard_deviations_within_a_prompt():
     before, names = torch.tensor([[0.], [2.], [10.], [12.]]), ['a', 'a', 'b', 'b']       # means 1 and 11, deviation √2
     gain, error = gains_since(torch.tensor([[1 + 2**.5], [11 + 2**.5]]), ['a', 'b'], before, names)
     assert gain.item() == pytest.approx(1.) and error.item() == pytest.approx(0., abs=1e-6)
-    unknown, _ = gains_since(torch.tensor([[6.]]), ['c'], before, names)
-    assert unknown.item() == pytest.approx(0.)
+    gain, error = gains_since(torch.tensor([[1.], [11 + 2*2**.5]]), ['a', 'b'], before, names)
+    assert gain.item() == pytest.approx(1.) and error.item() == pytest.approx(1.)      # gains 0 and 2: deviation √2, of two prompts
+
+
+def test_the_error_of_a_gain_comes_from_prompts_and_not_from_samples():
+    before, names = torch.tensor([[0.], [2.], [10.], [12.]]), ['a', 'a', 'b', 'b']
+    few = gains_since(torch.tensor([[1.], [14.]]), ['a', 'b'], before, names)
+    many = gains_since(torch.tensor([[1.]]*9 + [[14.]]*50), ['a']*9 + ['b']*50, before, names)
+    assert [value.item() for value in few] == pytest.approx([value.item() for value in many])
+
+
+def test_a_prompt_without_a_past_is_left_out_of_the_gain():
+    before, names = torch.tensor([[0.], [2.], [10.], [12.]]), ['a', 'a', 'b', 'b']
+    known = gains_since(torch.tensor([[2.], [13.]]), ['a', 'b'], before, names)
+    more = gains_since(torch.tensor([[2.], [1000.], [13.]]), ['a', 'c', 'b'], before, names)
+    assert [value.item() for value in known] == [value.item() for value in more]
+    gain, error = gains_since(torch.tensor([[6.]]), ['c'], before, names)
+    assert math.isnan(gain.item()) and error.item() == math.inf
+    gain, error = gains_since(torch.tensor([[1.]]), ['a'], before, names)               # one prompt has no spread to tell an error from
+    assert gain.item() == 0. and error.item() == math.inf
+
+
+def test_a_round_of_prompts_without_a_past_trains_and_rings_for_no_fall(policy, tmp_path, monkeypatch):
+    trainer = make(policy, tmp_path/'run', pretrain_prompts=1, epochs=1)
+    monkeypatch.setattr(trainer, 'draw_units', lambda epoch: (torch.arange(2), [next(p for p in prompts if p not in trainer.before['prompts'])]*2))
+    metrics = trainer.train()
+    assert metrics['gain/true/step_2'] is None and metrics['gain/error/step_2'] is None and metrics['optimizer_steps'] == 2
+    assert trainer.counts['best_true'] == 0
+
+
+def test_every_prompt_gets_a_past_before_any_comes_twice(policy, tmp_path):
+    trainer = make(policy, tmp_path/'run', pretrain_prompts=3, candidates=4)
+    trainer.pretrain()
+    drawn = trainer.before['prompts'][:3]
+    assert {*drawn[:2]} == {*prompts} and trainer.before['prompts'] == drawn*4
+    assert trainer.before['outputs'].shape[:2] == (12, 2) and trainer.before['rewards'].shape == (12, 2)
+    assert trainer.before['outputs'].untyped_storage().nbytes() == trainer.before['outputs'].nbytes
+
+
+def fine(true, error, claimed): return true, error, claimed, .8, .05
 
 
 def test_the_alarm_rings_when_claims_hold_and_truth_falls_and_may_stop_the_run(policy, tmp_path):
@@ -323,10 +434,41 @@ def test_the_alarm_rings_when_claims_hold_and_truth_falls_and_may_stop_the_run(p
     story = [(.5, .1, 1., 0), (1., .1, 2., 0), (.9, .1, 3., 0), (.7, .1, 3., 1), (.7, .1, 1.5, 0), (.6, .1, 4., 1), (.5, .1, 5., 2)]
     for true, error, claimed, expected in story:
         assert not trainer.finished()
-        trainer.note_claims(true, error, claimed)
+        assert trainer.note_claims(*fine(true, error, claimed)) == bool(expected)
         assert trainer.counts['alarms_in_a_row'] == expected
     assert trainer.finished()
     assert not make(policy, tmp_path/'other').finished()
+
+
+def test_a_lucky_best_is_known_to_be_uncertain(policy, tmp_path):
+    for best_error, rings in ((.1, True), (.5, False)):
+        trainer = make(policy, tmp_path/'run')
+        assert not trainer.note_claims(*fine(2., best_error, 1.))
+        assert trainer.note_claims(*fine(1.5, .1, 2.)) == rings
+
+
+def test_the_alarm_rings_for_a_surrogate_like_a_coin(policy, tmp_path):
+    trainer = make(policy, tmp_path/'run')
+    assert not trainer.note_claims(1., .1, 1., .7, .06)
+    assert trainer.note_claims(2., .1, 2., .6, .06)            # the truth rises; the surrogate knows nothing any more
+    assert not trainer.note_claims(2., .1, 2., .6, .04)
+    for silent in ((math.nan, math.inf, math.nan), (9., math.inf, 9.), (1., .1, math.nan)):
+        assert not trainer.note_claims(*silent, math.nan, math.inf) and trainer.counts['alarms_in_a_row'] == 0
+    assert trainer.counts['best_true'] == 2.
+
+
+def test_a_run_that_is_led_astray_is_stopped_by_its_alarm(tmp_path):
+    "Losers are shown as winners: the generator is led away from the reward by a surrogate that orders fresh samples worse than a coin"
+    class SwapLabels(Callback):
+        def before_train(self, trainer):
+            add = trainer.replay.add
+            trainer.replay.add = lambda pairs: add(RankedPairs(pairs.prompts, pairs.latents.flip(0), pairs.rewards))
+    def run(name, *callbacks):
+        config = LaSROConfig(**{**small, 'pairs_per_epoch': 6, 'candidates': 6, 'pretrain_prompts': 12, 'pretrain_steps': 30, 'alarm_patience': 2, 'epochs': 3, 'output_dir': str(tmp_path/name)})
+        return LaSROTrainer(load_policy('tiny', device='cpu'), 'shapes_aesthetic', 'shapes', config, list(callbacks)).train()
+    honest, astray = run('honest'), run('astray', SwapLabels())
+    assert (honest['epoch'], honest['alarm']) == (3, 0) and (astray['epoch'], astray['alarm']) == (2, 1)
+    assert astray['surrogate/accuracy/step_2'] < .4 < .6 < honest['surrogate/accuracy/step_2']
 
 
 # --- settings and the command line ---------------------------------------------------------------
@@ -360,3 +502,10 @@ def test_the_command_line_trains_and_goes_on(tmp_path, capsys):
     assert [line['epoch'] for line in read_jsonl(folder/'metrics.jsonl')] == [1, 2, 3]
     assert train_command(['tiny', '--recipe', 'lasro', '--num_steps', '4', '--output_dir', str(tmp_path/'no')]) == 2
     assert 'num_steps is 4; give 1 or 2' in capsys.readouterr().err
+
+
+def test_what_only_log_probabilities_need(policy, tmp_path):
+    "Deterministic steps, and more pairs behind an update than a round labels, are fine: nothing is compared with what was likely before"
+    trainer = make(policy, tmp_path/'run', eta=0., pairs_per_update=32, epochs=1)
+    assert trainer.train()['optimizer_steps'] == trainer.config.generator_steps
+    with pytest.raises(ValueError, match="sampling is 'single'; give 'independent_pair'"): resolve(LaSROConfig(sampling='single'))
