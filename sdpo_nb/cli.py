@@ -386,7 +386,9 @@ def train(
     processes = launched_processes()
     if config.dry_run: return print(plan_text(config, prompts, processes))
     line = batch_line(config, processes)
-    if lead_process(): print(line, flush=True)
+    if lead_process():
+        print(line, flush=True)
+        for name, text in config.words().items(): print(f"{name:<11}{text}", flush=True)
     if lead_process() and config.precision == "fp16" and own_device() == "cpu": print("No GPU was found: half precision on a CPU is for trying things out, and slow.", flush=True)
     trainer, watch = method_trainer(config.recipe)(load_policy(config.policy, precision=config.precision), config.reward, prompts, config), FolderWatch()
     trainer.callbacks.insert(0, watch)

@@ -3,6 +3,7 @@ import ast
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -121,8 +122,7 @@ def test_scripts_have_the_flags_that_are_named(place, script, flags):
 @pytest.mark.parametrize('name', ['17_families.ipynb', '25_full_scale.ipynb'])
 def test_random_models_are_fetched_where_there_is_no_checkout(name, tmp_path, monkeypatch):
     code = cells(ROOT/'nbs'/name, 'code')
-    place = next(i for i, cell in enumerate(code) if 'urlretrieve(' in cell)
-    source = code[place] + '\n' + code[place+1]   # which imports what was fetched
+    source = next(cell for cell in code if 'urlretrieve(' in cell)   # and imports what was fetched
     asked = []
     def fetch(address, target):
         asked.append(address)
@@ -134,7 +134,7 @@ def test_random_models_are_fetched_where_there_is_no_checkout(name, tmp_path, mo
         def mkdtemp(): return str(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     monkeypatch.delitem(sys.modules, 'random_models', raising=False)
-    space = dict(Path=Path, sys=sys, tempfile=Temporary, urlretrieve=fetch, results_address=results_address, results_folder=tmp_path/'nowhere'/'results')
+    space = dict(Path=Path, sys=sys, import_module=import_module, tempfile=Temporary, urlretrieve=fetch, results_address=results_address, results_folder=tmp_path/'nowhere'/'results')
     exec(source, space)
     assert len(asked) == 1 and Path(sys.modules['random_models'].__file__).parent == tmp_path and callable(space['make'])
     monkeypatch.delitem(sys.modules, 'random_models')
