@@ -60,7 +60,7 @@ def test_every_dynamic_field_reaches_the_wheel(metadata):
     assert facts['license'] in (metadata['License'], metadata['License-Expression'])
     assert metadata['Author'] == facts['author']
     assert metadata['Keywords'].replace(',', ' ').split() == facts['keywords'].split()
-    assert set(metadata.get_all('Provides-Extra')) == {'dev', 'track'}
+    assert set(metadata.get_all('Provides-Extra')) == {'dev', 'track', 'data'}
     wanted = {line.split('>')[0] for line in facts['requirements'].split()}
     assert wanted == {need.split('>')[0].split('<')[0] for need in metadata.get_all('Requires-Dist') if 'extra ==' not in need}
     for field in ('Summary', 'Description', 'Classifier', 'Project-URL', 'License-File'): assert metadata[field] or metadata.get_payload()
