@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location('experiments', script)
 experiments = importlib.util.module_from_spec(spec)
 sys.modules['experiments'] = experiments  # a dataclass looks its module up
 spec.loader.exec_module(experiments)
-complete = ["search", "order", "normalizers", "main", "factors", "spo", "queries", "few_steps"]  # what the chapters draw as complete; a missing file counts as missing runs
+complete = ["search", "order", "normalizers", "main", "factors", "spo", "queries", "ablations", "steps", "few_steps"]  # what the chapters draw as complete; a missing file counts as missing runs
 
 
 def line(run, gain):
