@@ -23,7 +23,7 @@ from .config import TrainConfig, choose
 from .mdp import (StepCoefficients, clean_prediction, few_step_timesteps, hash_seed, keyed_noise, make_sampler,
                          sample_trajectories, step_coefficients, transition)
 from .recipes import recipes
-from .trainer import Rollout, Trainer, most_skipped, pair_diversity
+from .trainer import Rollout, Trainer, count_gradient, pair_diversity
 
 # %% ../nbs/18_lasro.ipynb #d92cda14
 def copy_encoder(
@@ -392,22 +392,8 @@ def surrogate_step(
     finite = torch.nn.utils.clip_grad_norm_(learning, c.max_grad_norm).isfinite().item()
     if finite: self.surrogate_optimizer.step()
     self.surrogate_optimizer.zero_grad()
-    self.note_surrogate_gradient(finite)
+    count_gradient(self.counts, finite, "surrogate_steps", "surrogate_skipped", " of the surrogate", "surrogate_learning_rate")
     return total
-
-@patch
-def note_surrogate_gradient(
-    self: LaSROTrainer,
-    finite: bool,  # was it a number?
-):
-    "Count the surrogate's steps, made and dropped; raises RuntimeError after as many in a row as the generator may drop"
-    counts = self.counts
-    counts["surrogate_steps"] += finite
-    counts["surrogate_skipped"] += not finite
-    counts["surrogate_skipped_in_a_row"] = 0 if finite else counts["surrogate_skipped_in_a_row"]+1
-    if counts["surrogate_skipped_in_a_row"] >= most_skipped:
-        raise RuntimeError(f"The gradient of the surrogate was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these steps were dropped. "
-                           "Start a new run with a lower surrogate_learning_rate, or with precision='fp32'.")
 
 @patch
 def fit_surrogate(

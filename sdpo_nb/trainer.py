@@ -6,11 +6,11 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['most_skipped', 'loss_scale_growth', 'may_change', 'Callback', 'Rollout', 'with_configured', 'Trainer',
-           'pair_diversity', 'anchor_metrics', 'random_states', 'set_random_states', 'read_checkpoint',
-           'newest_checkpoint', 'versions', 'check_output', 'run_config', 'Terminated', 'termination_raises',
-           'in_notebook', 'ProgressCallback', 'show_in_place', 'LiveCallback', 'read_evaluations', 'EvaluationCallback',
-           'rollout_strip', 'rollout_figures', 'evaluation_figures', 'ReportCallback', 'TrackerCallback',
-           'PictureCallback', 'HubCallback', 'default_callbacks']
+           'count_gradient', 'pair_diversity', 'anchor_metrics', 'random_states', 'set_random_states',
+           'read_checkpoint', 'newest_checkpoint', 'versions', 'check_output', 'run_config', 'Terminated',
+           'termination_raises', 'in_notebook', 'ProgressCallback', 'show_in_place', 'LiveCallback', 'read_evaluations',
+           'EvaluationCallback', 'rollout_strip', 'rollout_figures', 'evaluation_figures', 'ReportCallback',
+           'TrackerCallback', 'PictureCallback', 'HubCallback', 'default_callbacks']
 
 # %% ../nbs/10_trainer.ipynb #07acef59
 import io, math, platform, random, signal, sys, threading, time
@@ -410,20 +410,31 @@ def adapt_loss_scale(
     if not finite: counts["loss_scale"] = max(1., counts["loss_scale"]/2)
     elif self.config.precision == "fp16" and counts["finite_in_a_row"] % loss_scale_growth == 0: counts["loss_scale"] = min(2.**16, 2*counts["loss_scale"])
 
+def count_gradient(
+    counts: dict,   # of the run, changed in place
+    finite: bool,   # was the gradient a number?
+    made: str,      # the count of steps made
+    dropped: str,   # the count of steps dropped; those in a row stand beside it
+    what: str,      # whose gradient, for the message
+    rate: str,      # the setting to lower
+):
+    "Count a step, made or dropped; raises RuntimeError when there is no hope left"
+    in_a_row = dropped.replace("_updates", "") + "_in_a_row"
+    counts[made] += finite
+    counts[dropped] += not finite
+    counts[in_a_row] = 0 if finite else counts[in_a_row]+1
+    if counts[in_a_row] >= most_skipped:
+        raise RuntimeError(f"The gradient{what} was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these updates were dropped. "
+                           f"Start a new run with a lower {rate}, or with precision='fp32'.")
+
 @patch
 def note_gradient(
     self: Trainer,
     finite: bool,  # was it a number?
 ):
-    "Count updates, made and dropped; raises RuntimeError when there is no hope left. Half precision gets smaller gradients after an overflow"
-    counts = self.counts
-    counts["optimizer_steps"] += finite
-    counts["skipped_updates"] += not finite
-    counts["skipped_in_a_row"] = 0 if finite else counts["skipped_in_a_row"]+1
+    "Count updates, made and dropped. Half precision gets smaller gradients after an overflow"
     self.adapt_loss_scale(finite)
-    if counts["skipped_in_a_row"] >= most_skipped:
-        raise RuntimeError(f"The gradient was infinite or NaN {most_skipped} times in a row in epoch {counts['epoch']}; these updates were dropped. "
-                           "Start a new run with a lower learning_rate, or with precision='fp32'.")
+    count_gradient(self.counts, finite, "optimizer_steps", "skipped_updates", "", "learning_rate")
 
 # %% ../nbs/10_trainer.ipynb #e8b632e7
 @patch
