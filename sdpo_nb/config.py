@@ -7,8 +7,9 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/config.html.md"""
 # %% auto #0
 __all__ = ['animals', 'balanced', 'prompt_lists', 'ranges', 'field_types', 'sd_turbo', 'reward_settings', 'hardware', 'presets',
            'model_sizes', 'reward_sizes', 'decoding', 'TrainConfig', 'dataset_column', 'load_prompts', 'choose',
-           'check_range', 'largest_divisor', 'launched_processes', 'fill_batches', 'resolve', 'queries_per_epoch',
-           'training_plan', 'batch_plan', 'check_processes', 'batch_line', 'preset_config', 'memory_estimate']
+           'check_range', 'largest_divisor', 'launched_processes', 'launched_with', 'fill_batches', 'resolve',
+           'queries_per_epoch', 'training_plan', 'batch_plan', 'check_processes', 'batch_line', 'preset_config',
+           'memory_estimate']
 
 # %% ../nbs/21_config.ipynb #64a1532b
 import csv
@@ -226,6 +227,12 @@ def launched_processes() -> int:
     "How many processes share the run, as `accelerate launch` and `torchrun` announce it"
     return int(os.environ.get("WORLD_SIZE", 1))
 
+def launched_with(
+    name: str,  # FSDP, DEEPSPEED or MEGATRON_LM
+) -> bool:
+    "Has `accelerate launch` been told to split the network among the processes?"
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+
 def fill_batches(
     config,  # a `TrainConfig`
 ):           # with `pairs_per_update` and `micro_batch`
@@ -303,9 +310,10 @@ def check_processes(
 ):
     "Raise ValueError where the work is to be shared in a way that cannot be, or an update not in equal parts"
     c = config
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise ValueError(f"ACCELERATE_USE_{name} is true, but every process has to hold the whole policy here, of which only a LoRA is trained; run `accelerate config` again and choose multi-GPU without it.")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if launched_with(name): raise ValueError(f"ACCELERATE_USE_{name} is true, but it steps and scales gradients in a loop of its own; run `accelerate config` again and choose multi-GPU, or FSDP version 2.")
+    version = os.environ.get("FSDP_VERSION", "1")
+    if launched_with("FSDP") and version != "2": raise ValueError(f"FSDP_VERSION is {version}, which cannot let one process sample alone; run `accelerate config` again and choose version 2, or give accelerate launch --fsdp_version 2.")
     if c.pairs_per_update % (processes*c.micro_batch):
         raise ValueError(f"pairs_per_update is {c.pairs_per_update}, which {processes} processes cannot share in micro-batches of "
                          f"{c.micro_batch}; choose a multiple of {processes*c.micro_batch}.")
@@ -362,7 +370,7 @@ def memory_estimate(
     width, samples = (4 if c.precision == "fp32" else 2), 2*c.pairs_per_epoch/processes
     decoder = decoding[4 if c.precision == "fp16" and size.get("upcast") else width]*min(8, 2*c.micro_batch)/8
     backward = 2*c.micro_batch*size["checkpointed" if c.gradient_checkpointing else "kept"][width]
-    trained = 0. if c.lora_rank else size["unet"]*12/1e3  # gradient and two averages of AdamW
+    trained = 0. if c.lora_rank else size["unet"]*12/1e3/(processes if launched_with("FSDP") else 1)  # gradient and two averages of AdamW
     if c.guidance_scale > 1 and not size.get("one_call"): backward *= 2  # every sample is seen twice, with its prompt and without
     parts = {"weights of the policy": size["millions"]*width/1e3, "gradients and optimiser": trained, "weights of the rewards": sum(number*4/1e3 for name, number in reward_sizes.items() if name in re.findall(r"[\w.]+", c.reward)),
              "rollout": 2*samples*size["latent"]*(2*c.num_steps + 1)*width/1e9, "a training pass, or decoding": max(backward, 0. if c.reward_vae else decoder)}

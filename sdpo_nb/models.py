@@ -7,7 +7,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/models.html.md"""
 # %% auto #0
 __all__ = ['embedded_policies', 'policy_classes', 'precisions', 'most_embedded', 'Policy', 'policy_folder', 'check_weight_files',
            'loading_error', 'quiet_loading', 'explained_failure', 'own_device', 'load_policy', 'PromptEmbedding',
-           'load_small_vae', 'seeded_noise', 'sort_header']
+           'load_small_vae', 'seeded_noise', 'full_tensor', 'split_as', 'sort_header']
 
 # %% ../nbs/02_models.ipynb #3f404574
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
@@ -51,6 +51,7 @@ class Policy:
         self.forward_module = self.unet  # the trainer puts the distributed wrapper of the UNet here
         self.original = None  # the UNet's weights before training, by name, where the whole of it is trained
         self._embedded_prompts = {}
+        self._gathered = False
 
     @classmethod
     def types(cls,
@@ -402,17 +403,48 @@ def trainable_parameters(self: Policy) -> dict[str, torch.nn.Parameter]: # by na
 # %% ../nbs/02_models.ipynb #f13b7241
 @patch
 @contextmanager
-def without_lora(self: Policy):
-    "The original model inside the `with` block: the reference policy."
-    trained = None if self.original is None else {name: parameter.data for name, parameter in self.unet.named_parameters()}
-    def put(weights):  # changes what a parameter refers to, not the numbers: a graph that waits for its backward pass does not notice
-        for name, parameter in self.unet.named_parameters(): parameter.data = weights[name].to(parameter.device)
-    if self.has_lora: self.unet.disable_adapters()
-    if trained: put(self.original)
+def gathered(self: Policy):
+    "Every process holds the whole UNet inside the `with` block; where processes share its weights (FSDP version 2), all have to enter and to leave together."
+    parts = [] if self._gathered else [module for module in self.unet.modules() if hasattr(module, "unshard")]
+    if parts: self.unet.set_reshard_after_forward(False)
+    for part in parts: part.unshard()
+    before, self._gathered = self._gathered, True
     try: yield self
     finally:
-        if self.has_lora: self.unet.enable_adapters()
-        if trained: put(trained)
+        self._gathered = before
+        for part in parts: part.reshard()
+        if parts: self.unet.set_reshard_after_forward(True)
+
+def full_tensor(
+    value, # a tensor that processes may share in parts, or anything else
+): # all of it on the CPU, if it was shared; else as it is. Every process has to ask
+    "The opposite of `split_as`."
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+def split_as(
+    value: torch.Tensor, # whole, and the same on every process
+    like: torch.Tensor, # which processes may share in parts
+) -> torch.Tensor: # this process's part, if `like` is shared
+    "A value for a parameter that processes share."
+    if not hasattr(like, "full_tensor"): return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+# %% ../nbs/02_models.ipynb #f4aa4f74
+@patch
+@contextmanager
+def without_lora(self: Policy):
+    "The original model inside the `with` block: the reference policy."
+    with self.gathered():
+        trained = None if self.original is None else {name: parameter.data for name, parameter in self.unet.named_parameters()}
+        def put(weights):  # changes what a parameter refers to, not the numbers: a graph that waits for its backward pass does not notice
+            for name, parameter in self.unet.named_parameters(): parameter.data = weights[name].to(parameter.device)
+        if self.has_lora: self.unet.disable_adapters()
+        if trained: put(self.original)
+        try: yield self
+        finally:
+            if self.has_lora: self.unet.enable_adapters()
+            if trained: put(trained)
 
 # %% ../nbs/02_models.ipynb #56d8551e
 @patch
@@ -432,7 +464,9 @@ def save_whole(self: Policy,
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as unfinished:
-        self.unet.save_pretrained(Path(unfinished)/"unet")
+        with torch.device("meta"): copy = UNet2DConditionModel.from_config(self.unet.config)  # one that no process shares
+        copy.load_state_dict(dict(self.unet.named_parameters()), assign=True)
+        copy.save_pretrained(Path(unfinished)/"unet")
         if folder.exists(): shutil.rmtree(folder)
         return (Path(unfinished)/"unet").replace(folder)
 
@@ -453,13 +487,13 @@ def load_whole(self: Policy,
     for name, parameter in self.unet.named_parameters(): parameter.data = torch.lerp(self.original[name].float(), weights[name].float(), scale).to(parameter)
     return self
 
-# %% ../nbs/02_models.ipynb #be166a33
+# %% ../nbs/02_models.ipynb #6ffc13ce
 @patch
 def lora_state(self: Policy) -> dict[str, torch.Tensor]: # float32 copies on the CPU
     "The trainable weights by name, for a checkpoint."
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable_parameters().items()}
+    with self.gathered(): return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable_parameters().items()}
 
-# %% ../nbs/02_models.ipynb #6ffc13ce
+# %% ../nbs/02_models.ipynb #672bb2cd
 @patch
 @torch.no_grad()
 def load_lora_state(self: Policy,
@@ -472,7 +506,7 @@ def load_lora_state(self: Policy,
     if shapes != given:
         wrong = next(name for name in [*given, *shapes] if given.get(name) != shapes.get(name))
         raise ValueError(f"LoRA weight {wrong!r} has shape {given.get(wrong)} in the checkpoint and {shapes.get(wrong)} in the policy: use the lora_rank of the checkpoint.")
-    for name, parameter in parameters.items(): parameter.copy_(state[name])
+    for name, parameter in parameters.items(): parameter.copy_(split_as(state[name], parameter))
 
 # %% ../nbs/02_models.ipynb #2ca847d8
 def sort_header(
@@ -498,7 +532,7 @@ def save_lora(self: Policy,
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in self.unet.peft_config["default"].to_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        type(self.pipeline).save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(self.unet), unet_lora_adapter_metadata=config)
+        type(self.pipeline).save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(self.unet, dict(self.unet.named_parameters())), unet_lora_adapter_metadata=config)
         (file,) = Path(unfinished).iterdir()
         sort_header(file)
         return file.replace(folder / file.name)

@@ -33,7 +33,7 @@ from .evaluate import StepEvaluation, compare, decoded_pixels, evaluation_pairs,
 from .files import append_jsonl, atomic_write, read_json, read_jsonl, to_plain, write_json, write_jsonl
 from .mdp import (ddim_step, few_step_timesteps, has_density, hash_seed, log_ratio_scales, make_sampler, output_sensitivity, pair_noise,
                          sample_trajectories, step_coefficients)
-from .models import Policy, load_small_vae, precisions
+from .models import Policy, full_tensor, load_small_vae, precisions, split_as
 from .objectives import (clip_fraction, gaussian_kl, log_prob_coefficients, objectives, reference_objectives, surrogate_loss,
                                 trajectory_objectives)
 from .recipes import recipes
@@ -148,12 +148,14 @@ def setup_optimizer(self: Trainer):
     processes = self.accelerator.num_processes
     check_processes(c, processes)
     if processes > 1: self.policy.pipeline.to(self.accelerator.device)
+    sharing = getattr(self.accelerator.state, "fsdp_plugin", None)
+    if sharing and not sharing.transformer_cls_names_to_wrap: sharing.transformer_cls_names_to_wrap = ["BasicTransformerBlock", "ResnetBlock2D"]  # what every UNet here consists of
     self.reward_vae = None if c.reward_vae is None else load_small_vae(c.reward_vae, self.policy)
     (self.policy.unet.enable_gradient_checkpointing if c.gradient_checkpointing else self.policy.unet.disable_gradient_checkpointing)()
     self.policy.add_lora(c.lora_rank, c.lora_alpha, seed=c.seed) if c.lora_rank else self.policy.train_whole()
-    self.parameters = list(self.policy.trainable_parameters().values())
-    optimizer = torch.optim.AdamW(self.parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+    optimizer = torch.optim.AdamW(self.policy.trainable_parameters().values(), lr=c.learning_rate, weight_decay=c.weight_decay)
     self.policy.forward_module, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
+    self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]  # as they are now: in parts, where processes share them
     self.normalizer = normalizers[c.normalizer](c.buffer_size, c.min_count, c.divide_by_std)
 
 # %% ../nbs/10_trainer.ipynb #f1d72c4e
@@ -269,7 +271,7 @@ def rollout(
 ) -> Rollout:     # scored and credited
     "The first half of an epoch"
     started = self.clock()
-    rollout = self.sample(epoch)
+    with self.policy.gathered(): rollout = self.sample(epoch)
     sampled = self.clock()
     self.score(rollout, epoch)
     self.credit(rollout)
@@ -441,7 +443,7 @@ def note_gradient(
 def optimizer_step(self: Trainer) -> float:  # norm of the gradient before clipping
     "One step of AdamW, unless the gradient is not finite: then it is dropped and counted"
     for parameter in self.parameters: parameter.grad /= self.counts["loss_scale"]
-    norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+    norm = full_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)).item()
     if math.isfinite(norm): self.optimizer.step()
     self.optimizer.zero_grad()
     self.note_gradient(math.isfinite(norm))
@@ -474,10 +476,11 @@ def policy_log_prob(
 ) -> torch.Tensor:     # `[K,B,T]`
     "Log-probabilities of all trained actions by the policy as it is now, a step of the trajectories at a time"
     log_prob = rollout.log_prob.clone()
-    for step in self.trained_steps:
-        chosen = torch.arange(len(rollout.prompts)) if rollout.valid is None else rollout.valid[:, step].nonzero()[:, 0]
-        for units in chosen.split(self.micro_units) if len(chosen) else ():
-            log_prob[:, units, step] = self.action_log_prob(rollout, units, torch.full_like(units, step))[0]
+    with self.policy.gathered():
+        for step in self.trained_steps:
+            chosen = torch.arange(len(rollout.prompts)) if rollout.valid is None else rollout.valid[:, step].nonzero()[:, 0]
+            for units in chosen.split(self.micro_units) if len(chosen) else ():
+                log_prob[:, units, step] = self.action_log_prob(rollout, units, torch.full_like(units, step))[0]
     return log_prob
 
 # %% ../nbs/10_trainer.ipynb #a613bcf0
@@ -598,13 +601,25 @@ def own_state(self: Trainer) -> dict:
 def load_own_state(self: Trainer, state: dict): "The inverse of `own_state`"
 
 @patch
+def optimizer_state(self: Trainer) -> dict:
+    "That of AdamW, with all of what processes share"
+    state = self.optimizer.state_dict()
+    return {**state, "state": {index: {name: full_tensor(value) for name, value in of_one.items()} for index, of_one in state["state"].items()}}
+
+@patch
+def load_optimizer_state(self: Trainer, state: dict):
+    "The inverse of `optimizer_state`"
+    def part(value, parameter): return split_as(value, parameter) if value.shape == parameter.shape else value
+    self.optimizer.load_state_dict({**state, "state": {index: {name: part(value, self.parameters[index]) for name, value in of_one.items()} for index, of_one in state["state"].items()}})
+
+@patch
 def keep_state(self: Trainer):
     "Remember everything a resumed run needs, as the bytes of a file: what an accident in the next epoch will find"
-    states = gather_object([random_states()])
+    states, weights, optimizer = gather_object([random_states()]), self.policy.lora_state(), self.optimizer_state()
     if not self.accelerator.is_main_process: return
     buffer = io.BytesIO()
-    torch.save(dict(format="sdpo_nb checkpoint 1", config=asdict(self.config), prompts=self.prompts, lora=self.policy.lora_state(), counts=self.counts,
-                    optimizer=self.optimizer.state_dict(), normalizer=self.normalizer.state_dict(), random=states, own=self.own_state()), buffer)
+    torch.save(dict(format="sdpo_nb checkpoint 1", config=asdict(self.config), prompts=self.prompts, lora=weights, counts=self.counts,
+                    optimizer=optimizer, normalizer=self.normalizer.state_dict(), random=states, own=self.own_state()), buffer)
     self.kept = self.folder/"checkpoints"/f"epoch_{self.counts['epoch']:06d}.pt", buffer.getvalue()
 
 @patch
@@ -660,7 +675,7 @@ def load_checkpoint(self: Trainer, state: dict):
     if len(state["random"]) != self.accelerator.num_processes:
         raise ValueError(f"The run was started on {len(state['random'])} processes, not {self.accelerator.num_processes}; use as many.")
     self.policy.load_lora_state(state["lora"])
-    self.optimizer.load_state_dict(state["optimizer"])
+    self.load_optimizer_state(state["optimizer"])
     self.normalizer.load_state_dict(state["normalizer"])
     self.load_own_state(state.get("own", {}))
     self.counts.update(state["counts"])
@@ -764,7 +779,8 @@ def train_and_log(self: Trainer) -> dict:  # metrics
     due = self.counts["epoch"] % self.config.checkpoint_every == 0 or self.finished()
     if due or self.state_is_small: self.keep_state()  # a copy of a LoRA costs nothing, that of a whole network gigabytes
     if due and self.accelerator.is_main_process: self.write_kept()
-    for callback in self.callbacks: callback.after_epoch(self, metrics)
+    with self.policy.gathered():
+        for callback in self.callbacks: callback.after_epoch(self, metrics)
     return metrics
 
 @patch
@@ -774,10 +790,12 @@ def train(self: Trainer) -> dict:  # metrics of the last epoch
     self.open_folder()
     metrics = None
     with self.last_state_saved():
-        for callback in self.callbacks: callback.before_train(self)
+        with self.policy.gathered():
+            for callback in self.callbacks: callback.before_train(self)
         while not self.finished(): metrics = self.train_and_log()
-        if self.accelerator.is_main_process: self.policy.save_lora(self.folder/"lora") if self.config.lora_rank else self.policy.save_whole(self.folder/"unet")
-        for callback in self.callbacks: callback.after_train(self)
+        with self.policy.gathered():
+            if self.accelerator.is_main_process: self.policy.save_lora(self.folder/"lora") if self.config.lora_rank else self.policy.save_whole(self.folder/"unet")
+            for callback in self.callbacks: callback.after_train(self)
     return metrics
 
 # %% ../nbs/10_trainer.ipynb #89e2f126

@@ -35,17 +35,25 @@ def pipeline(tmp_path_factory):
     return folder
 
 
+# accelerate lets processes share weights on GPUs alone; torch can on CPUs, too
+SHARING = '''from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+'''
+
+
 @pytest.fixture
 def two_processes(tmp_path):
     "Two CPU processes run lines of code that make a `trainer`, and then what is asked for; what each of them comes to, by default the LoRA of a whole training"
-    def launch(code, result='(trainer.train(), trainer.policy.lora_state())[1]'):
+    def launch(code, result='(trainer.train(), trainer.policy.lora_state())[1]', sharing=False):
         import torch
         program = tmp_path/'two.py'
-        program.write_text(f'import sys; sys.path.insert(0, {str(ROOT/"tests")!r})\n' + textwrap.dedent(code) + textwrap.dedent(f'''
-            assert trainer.accelerator.num_processes == 2
+        program.write_text(f'import sys; sys.path.insert(0, {str(ROOT/"tests")!r})\n' + SHARING*sharing + textwrap.dedent(code) + textwrap.dedent(f'''
+            assert trainer.accelerator.num_processes == 2 and [parameter.numel() for parameter in trainer.parameters[:9]] == [{1+sharing}*full.to_local().numel() if {sharing} else full.numel() for full in trainer.parameters[:9]]
             torch.save({result}, {str(tmp_path)!r} + f'/result{{trainer.accelerator.process_index}}.pt')'''))
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(program)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true'})
+        shared = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_CPU_RAM_EFFICIENT_LOADING='true') if sharing else {}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **shared, 'ACCELERATE_USE_CPU': 'true'}, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         return [torch.load(tmp_path/f'result{index}.pt') for index in range(2)]
     return launch

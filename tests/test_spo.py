@@ -446,8 +446,8 @@ def test_the_shipped_judge_belongs_to_its_policy(make, judge):
     assert make(judge=lambda images, timesteps, prompts: timesteps).config.preference_model == 'given:lambda'
 
 
-@pytest.mark.parametrize('valid', [4, 1, 3], ids=['all', 'one', 'three'])
-def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path, valid):
+@pytest.mark.parametrize('valid, sharing', [(4, False), (1, False), (3, True)], ids=['all', 'one', 'three, weights shared'])
+def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_path, valid, sharing):
     "One update of all comparisons, however many of them each process has: every one counts alike"
     settings = dict(num_steps=2, divert_start=1, candidates=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, preference_threshold=1e-9, preference_scale=50.)
     if valid < 4:
@@ -458,7 +458,7 @@ def test_two_processes_learn_what_one_does(make, pipeline, two_processes, tmp_pa
     first, second = two_processes(f'''
         from test_spo import *
         config = SPOConfig(eval_samples=0, preference_model='reward', output_dir={str(tmp_path/'two')!r}, **{settings!r})
-        trainer = SPOTrainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])''')
+        trainer = SPOTrainer(load_policy({str(pipeline)!r}, device='cpu'), redness, PROMPTS, config, [])''', sharing=sharing)
     same_learning(first, second, weights(alone), weights(make(**settings)))
     one, two = (without_clock(tmp_path/name) for name in ('alone', 'two'))
     for name in ('samples', 'reward_queries', 'optimizer_steps', 'preference/valid'): assert [record[name] for record in one] == [record[name] for record in two]

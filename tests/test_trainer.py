@@ -707,10 +707,56 @@ def test_a_smaller_gpu_may_go_on(make, tmp_path):
     assert resumed.train()['epoch'] == 2 and run_config(tmp_path/'run').micro_batch == 1
 
 
-@pytest.mark.parametrize('name', ['FSDP', 'DEEPSPEED', 'MEGATRON_LM'])
-def test_sharding_is_refused(make, monkeypatch, name):
+@pytest.mark.parametrize('name', ['DEEPSPEED', 'MEGATRON_LM'])
+def test_loops_of_others_are_refused(monkeypatch, name):
     monkeypatch.setenv(f'ACCELERATE_USE_{name}', 'true')
-    with pytest.raises(ValueError, match=f'ACCELERATE_USE_{name} is true, but every process has to hold the whole policy'): batch_line(resolve(TrainConfig()))
+    with pytest.raises(ValueError, match=f'ACCELERATE_USE_{name} is true, but it steps and scales gradients in a loop of its own; .* choose multi-GPU, or FSDP version 2'): batch_line(resolve(TrainConfig()))
+
+
+@pytest.mark.parametrize('version', [None, '1'])
+def test_only_the_second_version_of_sharing(monkeypatch, version):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    monkeypatch.delenv('FSDP_VERSION', raising=False) if version is None else monkeypatch.setenv('FSDP_VERSION', version)
+    with pytest.raises(ValueError, match='FSDP_VERSION is 1, .* --fsdp_version 2'): batch_line(resolve(TrainConfig()))
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    batch_line(resolve(TrainConfig()))
+
+
+SHARED = """
+    from test_trainer import *
+    from sdpo_nb.trainer import PictureCallback
+    def shared(output, callbacks=(), **settings):
+        config = TrainConfig(eval_samples=2, log_images_every=2, buffer_size=8, min_count=4, output_dir=output, **settings)
+        return Trainer(load_policy({pipeline!r}, device='cpu'), redness, PROMPTS, config, list(callbacks))
+"""
+
+@pytest.mark.parametrize('settings', [dict(kl_coefficient=.1, gradient_checkpointing=True), dict(recipe='d3po'), dict(lora_rank=0, kl_coefficient=.1, learning_rate=1e-4)], ids=str)
+def test_processes_that_share_the_weights(make, pipeline, two_processes, tmp_path, settings):
+    "The same learning as in one process, with evaluation, pictures and report by the first of the two alone"
+    settings = dict(num_steps=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, epochs=2, normalizer='step', **settings)
+    alone = make(**settings, output_dir=str(tmp_path/'alone'), eval_samples=2, callbacks=[EvaluationCallback()])
+    alone.train()
+    first, second = two_processes(textwrap.dedent(SHARED.format(pipeline=str(pipeline))) + f'trainer = shared({str(tmp_path/"two")!r}, [EvaluationCallback(), ReportCallback()], **{settings!r})', sharing=True)
+    same_learning(first, second, weights(alone), weights(make(**settings)))
+    one, two = (without_clock(tmp_path/name) for name in ('alone', 'two'))
+    for name in ('reward/mean', 'loss', 'grad_norm'): assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
+    assert read_json(tmp_path/'two/evaluation.json')['before'] == read_json(tmp_path/'alone/evaluation.json')['before']
+    assert {'README.md', 'lora' if settings.get('lora_rank', 4) else 'unet', 'report.html', 'progress'} <= {path.name for path in (tmp_path/'two').iterdir()}
+    policy = load_policy(pipeline, device='cpu')
+    policy.load_lora(tmp_path/'two/lora') if settings.get('lora_rank', 4) else policy.load_whole(tmp_path/'two/unet')
+    saved = policy.lora_state()
+    assert saved.keys() == first.keys() and all(torch.equal(saved[name], first[name]) for name in first)
+
+
+def test_resume_where_weights_are_shared(pipeline, two_processes, tmp_path):
+    "Bit by bit"
+    settings = dict(num_steps=3, pairs_per_epoch=4, pairs_per_update=2, micro_batch=1, normalizer='step', learning_rate=1e-3)
+    start = textwrap.dedent(SHARED.format(pipeline=str(pipeline)))
+    straight, _ = two_processes(start + f'trainer = shared({str(tmp_path/"straight")!r}, epochs=2, **{settings!r})', sharing=True)
+    two_processes(start + f'trainer = shared({str(tmp_path/"run")!r}, epochs=1, **{settings!r})', sharing=True)
+    resumed, other = two_processes(start + f'trainer = shared({str(tmp_path/"run")!r}, epochs=2, resume={str(tmp_path/"run")!r}, **{settings!r})', sharing=True)
+    assert all(torch.equal(straight[name], resumed[name]) and torch.equal(resumed[name], other[name]) for name in straight)
+    assert without_clock(tmp_path/'straight') == without_clock(tmp_path/'run')
 
 
 def test_resume_is_exact_with_the_shipped_model_and_rewards(tmp_path):
