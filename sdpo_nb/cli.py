@@ -380,6 +380,7 @@ def train(
     config, prompts = training_config(preset, given)
     check_writable("output_dir", config.resume or config.output_dir)
     from sdpo_nb.models import load_policy, own_device
+    from sdpo_nb.rewards import get_reward
     from sdpo_nb.trainer import check_output
     if not config.resume: check_output(Path(config.output_dir))
     check_reward(config.reward)
@@ -390,7 +391,8 @@ def train(
         print(line, flush=True)
         for name, text in config.words().items(): print(f"{name:<11}{text}", flush=True)
     if lead_process() and config.precision == "fp16" and own_device() == "cpu": print("No GPU was found: half precision on a CPU is for trying things out, and slow.", flush=True)
-    trainer, watch = method_trainer(config.recipe)(load_policy(config.policy, precision=config.precision), config.reward, prompts, config), FolderWatch()
+    reward = get_reward(config.reward)  # before the policy, which is the larger download
+    trainer, watch = method_trainer(config.recipe)(load_policy(config.policy, precision=config.precision), reward, prompts, config), FolderWatch()
     trainer.callbacks.insert(0, watch)
     with no_leftovers(config, watch): trainer.train()
     if trainer.accelerator.is_main_process: print(run_summary(trainer.folder))

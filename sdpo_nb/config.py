@@ -72,6 +72,7 @@ class TrainConfig:
     reward_vae: str = None             # a small autoencoder (a folder or hub id of an AutoencoderTiny) that decodes what the reward sees; None: the policy's own
     reward_timeout: float = 0.0        # seconds that one call of the reward may take; 0 for no limit
     reward_device: str = None          # where a model that scores runs, such as cuda:1 or cpu; None: where the policy is
+    reward_worker: bool = False        # score each batch of trajectories in a thread while the next one is sampled: for a reward that waits for a server, or has a device of its own
     seed: int = 42                     # of everything random
     output_dir: str = "runs/tiny"      # the run folder; must not hold another run
     resume: str = None                 # a run folder to go on with
@@ -314,6 +315,8 @@ def check_processes(
         if launched_with(name): raise ValueError(f"ACCELERATE_USE_{name} is true, but it steps and scales gradients in a loop of its own; run `accelerate config` again and choose multi-GPU, or FSDP version 2.")
     version = os.environ.get("FSDP_VERSION", "1")
     if launched_with("FSDP") and version != "2": raise ValueError(f"FSDP_VERSION is {version}, which cannot let one process sample alone; run `accelerate config` again and choose version 2, or give accelerate launch --fsdp_version 2.")
+    if c.reward_worker and c.pairs_per_epoch <= processes*c.micro_batch:
+        raise ValueError(f"reward_worker is true, but a process samples its {c.pairs_per_epoch//processes} pairs in one batch, so that nothing is left to do meanwhile; choose a smaller micro_batch, or false.")
     if c.pairs_per_update % (processes*c.micro_batch):
         raise ValueError(f"pairs_per_update is {c.pairs_per_update}, which {processes} processes cannot share in micro-batches of "
                          f"{c.micro_batch}; choose a multiple of {processes*c.micro_batch}.")

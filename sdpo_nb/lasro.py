@@ -285,6 +285,7 @@ def check_lasro(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high or not (closed or value): refuse(field, f"a number {'from' if closed else 'above'} 0 and at most {high:g}")
     if not isinstance(c.through_noise, bool): refuse("through_noise", "True or False")
     choose("surrogate_learns", c.surrogate_learns, ("encoder", "head"))
+    if c.reward_worker: refuse("reward_worker", "false: all samples of a round are drawn in one go")
     if c.sampling == "single": refuse("sampling", "'independent_pair', or leave it out: prompts are drawn once for all their candidates")
     if not c.lora_rank: refuse("lora_rank", "at least 1: the anchor is the policy with its LoRA switched off")
     if c.kl_coefficient: refuse("kl_coefficient", "0, and set anchor_weight instead: LaSRO has no log-probabilities to take a divergence of")

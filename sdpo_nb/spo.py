@@ -573,6 +573,7 @@ def check_spo(
     for field in ("preference_scale", "beta"):
         if not number(getattr(c, field)) or getattr(c, field) <= 0: refuse(field, "a number above 0")
     choose("continue_from", c.continue_from, ("random", "winner", "loser"))
+    if c.reward_worker: refuse("reward_worker", "false: the judge decides how a walk goes on, so sampling waits for it")
     check_judge(c)
     if first_branch(trailing_timesteps(c.num_steps), c.divert_start) >= c.num_steps - (not c.train_last_step):
         raise ValueError(f"num_steps is {c.num_steps} with divert_start={c.divert_start} and train_last_step={c.train_last_step}, which leaves no step whose candidates could be compared; "

@@ -6,14 +6,15 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['most_skipped', 'loss_scale_growth', 'may_change', 'Callback', 'Rollout', 'with_configured', 'Trainer',
-           'count_gradient', 'pair_diversity', 'anchor_metrics', 'random_states', 'set_random_states',
+           'join_rollouts', 'count_gradient', 'pair_diversity', 'anchor_metrics', 'random_states', 'set_random_states',
            'read_checkpoint', 'newest_checkpoint', 'versions', 'check_output', 'run_config', 'Terminated',
            'termination_raises', 'in_notebook', 'ProgressCallback', 'show_in_place', 'LiveCallback', 'read_evaluations',
            'EvaluationCallback', 'rollout_strip', 'rollout_figures', 'evaluation_figures', 'ReportCallback',
            'TrackerCallback', 'PictureCallback', 'HubCallback', 'default_callbacks']
 
 # %% ../nbs/10_trainer.ipynb #07acef59
-import io, math, platform, random, signal, sys, threading, time
+import io, math, platform, random, secrets, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -178,22 +179,31 @@ def width(self: Trainer) -> int:
 
 # %% ../nbs/10_trainer.ipynb #1d1beb73
 @patch
-def sample(
+def sample_parts(
     self: Trainer,
     epoch: int,   # names the noise
-) -> Rollout:     # not yet scored
+):                # yields a `Rollout` for each batch, not yet scored
     "Play the epoch's games, in batches of the size that the update will use"
-    c, (units, prompts) = self.config, self.draw_units(epoch)
-    embedding, K = self.policy.embed(prompts), self.width
-    parts = []
+    c, (units, prompts), K = self.config, self.draw_units(epoch), self.width
+    embedding = self.policy.embed(prompts)
     for chunk in torch.arange(len(units)).split(self.micro_units):
         initial, noises = pair_noise(c.seed, epoch, units[chunk], c.num_steps, self.policy.latent_shape, c.sampling == "pair",
                                      device=self.policy.device, dtype=self.policy.dtype)
-        condition = embedding[chunk].repeat(K)
-        parts.append(sample_trajectories(lambda x, t: self.policy.predict(x, t, condition), self.scheduler, initial[:K].flatten(0, 1),
-                                         noises[:K].flatten(0, 1), eta=c.eta, prev_timestep=self.prev_timestep))
-    def join(name): return torch.cat([getattr(p, name).unflatten(0, (K, -1)) for p in parts], 1)
-    return Rollout(prompts, embedding, join("latents"), join("pred_x0"), join("log_prob"))
+        part, condition = embedding[chunk], embedding[chunk].repeat(K)
+        games = sample_trajectories(lambda x, t: self.policy.predict(x, t, condition), self.scheduler, initial[:K].flatten(0, 1), noises[:K].flatten(0, 1),
+                                    eta=c.eta, prev_timestep=self.prev_timestep)
+        yield Rollout([prompts[i] for i in chunk], part, *(getattr(games, name).unflatten(0, (K, -1)) for name in ("latents", "pred_x0", "log_prob")))
+
+def join_rollouts(
+    parts: list,  # of rollouts, all scored or none
+) -> Rollout:
+    "One after the other"
+    def join(name): return None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts], 1)
+    return Rollout([prompt for part in parts for prompt in part.prompts], type(parts[0].embedding).cat([part.embedding for part in parts]), queries=sum(part.queries for part in parts),
+                   **{name: join(name) for name in ("latents", "pred_x0", "log_prob", "indices", "rewards", "final_reward")})
+
+@patch
+def sample(self: Trainer, epoch: int) -> Rollout: return join_rollouts(list(self.sample_parts(epoch)))
 
 # %% ../nbs/10_trainer.ipynb #aa540fa7
 @patch
@@ -219,13 +229,14 @@ def score(
     self: Trainer,
     rollout: Rollout,  # from `sample`; completed in place
     epoch: int=0,      # names the randomness of random anchors
+    *part: int,        # and so does the number of the batch, where batches are scored one by one
 ):
     "Choose which pictures to query and query each once: where a pair shares its first prediction, so does the reward"
     c, (K, B, T) = self.config, rollout.log_prob.shape
     flat, prompts = rollout.pred_x0.flatten(0, 1), rollout.prompts*K
     if c.queries == "final": indices = torch.zeros(K*B, 0, dtype=torch.long)
     else:
-        generator = torch.Generator().manual_seed(hash_seed(c.seed, "anchors", epoch, self.accelerator.process_index))
+        generator = torch.Generator().manual_seed(hash_seed(c.seed, "anchors", epoch, self.accelerator.process_index, *part))
         indices = query_indices(flat, int(c.queries) if c.queries.isdigit() else c.queries, c.anchor, generator).cpu()
     cells = torch.arange(K*B)[:, None]*T + indices
     if c.sampling == "pair": cells = torch.where(indices == 0, cells % (B*T), cells)
@@ -265,15 +276,48 @@ def clock(self: Trainer) -> float:
 
 # %% ../nbs/10_trainer.ipynb #6569cecf
 @patch
+def score_meanwhile(
+    self: Trainer,
+    epoch: int,   # names everything random
+) -> tuple:       # a scored `Rollout`, and the time when sampling had ended
+    "Score each batch in a thread while the next one is sampled"
+    device = self.policy.device
+    def work(part, number):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(): self.score(part, epoch, number)  # which GPU is meant belongs to a thread
+        return part
+    worker, answers = ThreadPoolExecutor(1, "reward"), []
+    try:
+        for number, part in enumerate(self.sample_parts(epoch)):
+            answers.append(worker.submit(work, part, number))
+            for answer in answers:
+                if answer.done(): answer.result()  # a reward that failed ends the epoch now
+        sampled = self.clock()
+        return join_rollouts([answer.result() for answer in answers]), sampled
+    finally: worker.shutdown(wait=False, cancel_futures=True)
+
+# %% ../nbs/10_trainer.ipynb #61df7e9a
+@patch
+def sample_and_score(
+    self: Trainer,
+    epoch: int,   # names everything random
+) -> tuple:       # a scored `Rollout`, and the time when sampling had ended
+    "One after the other, or with the reward in a thread"
+    if self.config.reward_worker:
+        with self.policy.gathered(): return self.score_meanwhile(epoch)
+    with self.policy.gathered(): rollout = self.sample(epoch)
+    sampled = self.clock()
+    self.score(rollout, epoch)
+    return rollout, sampled
+
+# %% ../nbs/10_trainer.ipynb #a2edd8b5
+@patch
 def rollout(
     self: Trainer,
     epoch: int,   # names everything random
 ) -> Rollout:     # scored and credited
     "The first half of an epoch"
     started = self.clock()
-    with self.policy.gathered(): rollout = self.sample(epoch)
-    sampled = self.clock()
-    self.score(rollout, epoch)
+    rollout, sampled = self.sample_and_score(epoch)
     self.credit(rollout)
     self.seconds = dict(sample=sampled-started, reward=self.clock()-sampled)
     self.counts["samples"] += self.units_per_epoch*self.width
@@ -661,7 +705,7 @@ def newest_checkpoint(
 
 # %% ../nbs/10_trainer.ipynb #e64d98f9
 may_change = {"epochs", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "patience", "dry_run", "prompts", "tracker", "log_images_every", "push_to_hub", "reward_timeout", "reward_device",
-              "micro_batch", "gradient_checkpointing",  # the same updates up to rounding: for a smaller GPU
+              "micro_batch", "gradient_checkpointing", "reward_worker",  # the same updates up to rounding: for a smaller GPU
               "alarm_patience"}
 
 @patch
@@ -949,10 +993,16 @@ class ReportCallback(Callback):
 
 # %% ../nbs/10_trainer.ipynb #250b223f
 class TrackerCallback(Callback):
-    "Each line of metrics.jsonl for accelerate's trackers"
+    "Each line of metrics.jsonl for accelerate's trackers; a run that goes on stays the same run there"
+    def run_id(self, trainer):  # by which W&B finds it again
+        path = trainer.folder/"tracker_run.json"
+        if trainer.accelerator.is_main_process and not path.is_file(): write_json(path, {"id": secrets.token_hex(4)})
+        return read_json(path)["id"] if trainer.accelerator.is_main_process else None
+
     def before_train(self, trainer):
         settings = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in asdict(trainer.config).items()}
-        trainer.accelerator.init_trackers("sdpo_nb", settings, {"wandb": {"dir": str(trainer.folder), "name": trainer.folder.name}})
+        options = {"dir": str(trainer.folder), "name": trainer.folder.name, "id": self.run_id(trainer), "resume": "allow"} if trainer.config.tracker == "wandb" else {}
+        trainer.accelerator.init_trackers("sdpo_nb", settings, {"wandb": options})
 
     def after_epoch(self, trainer, metrics): trainer.accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=metrics["epoch"])
 

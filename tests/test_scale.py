@@ -67,6 +67,7 @@ def test_the_plan_is_said_before_anything_is_loaded(tmp_path, capfd, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('WORLD_SIZE', '3')
     monkeypatch.setattr('sdpo_nb.models.load_policy', None)
+    monkeypatch.setattr('sdpo_nb.rewards.get_reward', None)
     assert train_command(['sd_turbo_aesthetic_4x24gb']) == 2
     assert 'pairs_per_update is 64, which 3 processes cannot share in micro-batches of 4; choose a multiple of 12.' in capfd.readouterr().err
     monkeypatch.setenv('WORLD_SIZE', '4')
@@ -172,12 +173,20 @@ def test_weights_and_biases_gets_the_same(make, monkeypatch, tmp_path):
         name = 'wandb'
         def log_images(self, values, step): calls.append((step, {name: value.shape[-1] for name, value in values.items()}))
         def finish(self): calls.append('finished')
-    trainer = make(tracker='wandb', log_images_every=1, epochs=1)
-    monkeypatch.setattr(trainer.accelerator, 'init_trackers', lambda *args: setattr(trainer.accelerator, 'trackers', [Tracker()]))
-    monkeypatch.setattr(trainer.accelerator, 'log', lambda values, step: calls.append((step, set(values))))
-    trainer.train()
+    def watched(**settings):
+        trainer, started = make(tracker='wandb', log_images_every=1, **settings), []
+        def start(project, settings, options):
+            started.append(options['wandb'])
+            trainer.accelerator.trackers = [Tracker()]
+        monkeypatch.setattr(trainer.accelerator, 'init_trackers', start)
+        monkeypatch.setattr(trainer.accelerator, 'log', lambda values, step: calls.append((step, set(values))))
+        trainer.train()
+        return started[0]
+    first = watched(epochs=1)
     assert calls[0][0] == 1 and 'reward/mean' in calls[0][1]
     assert calls[1:] == [(1, {'samples': 3}), (1, {'film_strip': 3}), 'finished']
+    assert watched(epochs=2, resume=str(tmp_path/'run')) == first and first['resume'] == 'allow' and first['name'] == 'run'   # one curve, not two
+    assert watched(epochs=1, output_dir=str(tmp_path/'other'))['id'] != first['id']
 
 
 # --- stops

@@ -1,7 +1,10 @@
 "The standard rewards against independent forward passes in the originals' own layouts, on tiny random networks in local folders."
 import math
 import pickle
+import re
+from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +22,7 @@ from random_pipelines import WORDS, random_tokenizer
 from sdpo_nb import scorers as module
 from sdpo_nb.rewards import Reward, checked, get_reward, register_reward, rewards
 from sdpo_nb.scorers import (Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, blip_large, clip_mean, clip_normalize, clip_pixels, clip_std,
-                             open_clip_to_transformers, scorers, to_bytes, vit_h14)
+                             open_clip_to_transformers, pinned_commits, scorers, to_bytes, vit_h14)
 
 PROMPTS = ["a red circle", "a cat on a blue square", "a red circle", "", "the dog"]
 
@@ -486,7 +489,7 @@ def answer(status):
 FAILURES = [
     (lambda: GatedRepoError("403", response=answer(403)), "its licence must be accepted"),
     (lambda: RepositoryNotFoundError("404", response=answer(404)), "the hub has no such model"),
-    (lambda: RevisionNotFoundError("404", response=answer(404)), "has no revision 'v9': give a branch"),
+    (lambda: RevisionNotFoundError("404", response=answer(404)), "has no revision 'v9': give 'main'"),
     (lambda: RemoteEntryNotFoundError("404 Client Error.", response=answer(404)), "lacks a file that is needed"),
     (lambda: LocalEntryNotFoundError("offline"), "the hub cannot be reached"),
     (lambda: ConnectError("offline"), "the hub cannot be reached")]
@@ -521,7 +524,14 @@ def test_revisions_reach_the_hub(builders, made, monkeypatch):
     monkeypatch.setattr(module, "hf_hub_download", download)
     HPSv2(version="2.1", revision="abc", tokenizer=made.root/"hps")
     HPSv2(tokenizer=made.root/"hps")
-    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt", "abc"), ("xswu/HPSv2", "HPS_v2_compressed.pt", "main")]
+    HPSv2("someone/model", tokenizer=made.root/"hps")
+    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt", "abc"), ("xswu/HPSv2", "HPS_v2_compressed.pt", pinned_commits["xswu/HPSv2"]), ("someone/model", "HPS_v2_compressed.pt", "main")]
+
+
+def test_what_is_loaded_by_default_is_pinned():
+    "Every hub id that the code names, and no other"
+    named = Counter(re.findall(r'"([\w-]+/[\w.-]+)"', Path(module.__file__).read_text(encoding="utf-8")))
+    assert named.keys() == pinned_commits.keys() and min(named.values()) > 1 and all(re.fullmatch("[0-9a-f]{40}", commit) for commit in pinned_commits.values())
 
 
 @pytest.mark.parametrize("lost", ["visual.transformer.resblocks.1.attn.in_proj_weight", "logit_scale", "text_projection"])

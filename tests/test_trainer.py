@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from functools import partial
 from io import BytesIO, StringIO
@@ -637,6 +638,67 @@ def test_reports_of_other_recipes(make, tmp_path, settings):
     make(**settings, callbacks=[EvaluationCallback(), ReportCallback()]).train()
     pictures = {path.stem for path in (tmp_path/'run/pictures').iterdir()}
     assert {'film_strip', 'advantage_map'} <= pictures and 'step_grid' not in pictures
+
+
+# --- the reward in a thread
+
+@pytest.mark.parametrize('settings', [{}, dict(queries='all', sampling='independent_pair'), dict(queries='terminal', credit='causal', train_last_step=True), dict(recipe='ddpo')], ids=str)
+def test_the_reward_may_work_while_sampling_goes_on(make, settings):
+    "The same scores as one after the other, up to the rounding of decoding in other batches, for the same pictures"
+    plain, meanwhile = (make(micro_batch=1, reward_worker=worker, **settings).rollout(0) for worker in (False, True))
+    assert meanwhile.prompts == plain.prompts and meanwhile.queries == plain.queries and torch.equal(meanwhile.embedding.prompt_embeds, plain.embedding.prompt_embeds)
+    for name in ('latents', 'pred_x0', 'log_prob', 'indices', 'states', 'actions'): assert torch.equal(getattr(meanwhile, name), getattr(plain, name)), name
+    for name in ('rewards', 'final_reward', 'dense', 'advantages'):
+        one, other = getattr(plain, name), getattr(meanwhile, name)
+        assert other is None if one is None else torch.allclose(other, one, rtol=1e-3, atol=1e-4), name
+
+
+def test_sampling_does_go_on(make, monkeypatch):
+    "A reward that answers for the first batch only when the second is being sampled"
+    from sdpo_nb import trainer as module
+    begun, threads, sample = [threading.Event(), threading.Event()], [], module.sample_trajectories
+    def watched(*args, **options):
+        (begun[1] if begun[0].is_set() else begun[0]).set()
+        return sample(*args, **options)
+    def patient(images, prompts):
+        threads.append(threading.current_thread().name)
+        assert begun[1].wait(60)
+        return redness(images, prompts)
+    monkeypatch.setattr(module, 'sample_trajectories', watched)
+    make(reward=patient, micro_batch=2, reward_worker=True).rollout(0)
+    assert len(threads) == 2 and all(name.startswith('reward') for name in threads)
+
+
+def test_a_reward_that_fails_in_the_thread_ends_the_epoch(make, tmp_path):
+    calls = []
+    def failing(images, prompts):
+        calls.append(len(images))
+        raise RuntimeError('out of ideas')
+    trainer = make(reward=failing, micro_batch=1, reward_worker=True)
+    with pytest.raises(ValueError, match="reward 'failing' failed: RuntimeError: out of ideas"): trainer.train()
+    assert newest_checkpoint(tmp_path/'run')['counts']['epoch'] == 0 and len(calls) <= 4
+
+
+def test_resume_is_exact_with_the_reward_in_a_thread(make, tmp_path):
+    settings = dict(reward=noisy_redness, micro_batch=1, reward_worker=True, anchor='random', num_steps=6)
+    torch.manual_seed(5)
+    straight = make(**settings, epochs=2, output_dir=str(tmp_path/'straight'))
+    straight.train()
+    torch.manual_seed(5)
+    make(**settings, epochs=1).train()
+    torch.manual_seed(99)
+    resumed = make(**settings, epochs=2, resume=str(tmp_path/'run'))
+    resumed.train()
+    assert same_weights(straight, resumed) and without_clock(tmp_path/'straight') == without_clock(tmp_path/'run')
+
+
+def test_random_anchors_of_batches_are_drawn_apart(make):
+    anchors = make(micro_batch=1, reward_worker=True, anchor='random', num_steps=40, pairs_per_epoch=8).rollout(0).indices[..., 1]
+    assert len({tuple(pair.tolist()) for pair in anchors.T}) > 4
+
+
+def test_a_thread_without_anything_to_do_is_refused(make):
+    with pytest.raises(ValueError, match='reward_worker is true, but a process samples its 4 pairs in one batch'): make(pairs_per_update=4, micro_batch=4, reward_worker=True)
 
 
 # --- several processes
