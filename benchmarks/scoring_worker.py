@@ -4,13 +4,15 @@
     python benchmarks/scoring_worker.py --waits 0.5 1 2 --micro_batch 2
     python benchmarks/scoring_worker.py --policy FOLDER --precision bf16 --rewards jpeg_compressibility warmth --output mine.jsonl
 
-`--waits` stand for a reward elsewhere, a server or another GPU: it sleeps, for so many times as long as sampling itself takes in
-this run, shared out over the pictures of a round. `--rewards` are real ones, which want the same processor (or, on a GPU, may not).
+`--waits` stand for a reward elsewhere: it sleeps, in all for so many times as long as sampling itself takes in this run. Once in
+proportion to the pictures, as another GPU would take, and once for as long at each call, however many pictures it has, as a distant
+server may. `--rewards` are real ones, which want the same processor (or, on a GPU, may not).
 The two ways take turns, `--rounds` times each, and the table gives the median of the ratios. The most that can be saved is the
 shorter of the two, sampling or scoring, for all batches but one. One JSON line a row is added to `--output`.
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -27,10 +29,10 @@ from sdpo_nb.models import load_policy, precisions
 from sdpo_nb.trainer import Trainer, versions
 
 
-def waiting(seconds):
-    "A reward that lets others work for so long at each picture"
+def waiting(of_picture=0., of_call=0.):
+    "A reward that lets others work for so many seconds"
     def wait(images, prompts):
-        time.sleep(seconds*len(images))
+        time.sleep(of_picture*len(images) + of_call)
         return images.mean((1, 2, 3))
     return wait
 
@@ -65,7 +67,7 @@ def compare(policy, reward, given) -> dict:
 def sampling_seconds(policy, given):
     "What sampling alone takes, and how many pictures a round scores"
     with tempfile.TemporaryDirectory() as folder:
-        trainer, times = make(policy, waiting(0.), given, False, folder), []
+        trainer, times = make(policy, waiting(), given, False, folder), []
         for number in range(3):
             trainer.rollout(number)
             times.append(trainer.seconds["sample"])
@@ -88,11 +90,12 @@ def main():
     alone, pictures = sampling_seconds(policy, given)
     device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
     machine = {"device": device, "system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    print(f"sampling alone {alone:.2f} s a round of {given.pairs_per_epoch//given.micro_batch} batches\n{'reward':<32}{'after':>10}{'meanwhile':>12}{'times as fast':>15}")
-    for name, reward in [*((f"waits {times:g} × sampling", waiting(times*alone/pictures)) for times in given.waits), *((name, name) for name in given.rewards)]:
+    print(f"sampling alone {alone:.2f} s a round of {given.pairs_per_epoch//given.micro_batch} batches\n{'reward':<38}{'after':>10}{'meanwhile':>12}{'times as fast':>15}")
+    waits = [(f"waits {times:g} × sampling, {kind}", reward) for times in given.waits for kind, reward in (("by the picture", waiting(of_picture=times*alone/pictures)), ("by the call", waiting(of_call=times*alone/math.ceil(pictures/64))))]
+    for name, reward in [*waits, *((name, name) for name in given.rewards)]:
         row = compare(policy, reward, given)
         after, meanwhile = (statistics.median(row[f"seconds_{how}"]) for how in ("after_each_other", "in_a_thread"))
-        print(f"{name:<32}{after:>8.2f} s{meanwhile:>10.2f} s{row['ratio']:>14.2f}×", flush=True)
+        print(f"{name:<38}{after:>8.2f} s{meanwhile:>10.2f} s{row['ratio']:>14.2f}×", flush=True)
         append_jsonl(given.output, {"reward": name, "sampling_seconds": alone, **row, "machine": machine, "versions": versions()})
 
 

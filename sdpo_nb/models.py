@@ -51,7 +51,7 @@ class Policy:
         self.forward_module = self.unet  # the trainer puts the distributed wrapper of the UNet here
         self.original = None  # the UNet's weights before training, by name, where the whole of it is trained
         self._embedded_prompts = {}
-        self._gathered = False
+        self.reshard_after_forward, self._gathered = True, False  # where processes share the UNet's weights
 
     @classmethod
     def types(cls,
@@ -401,11 +401,21 @@ def trainable_parameters(self: Policy) -> dict[str, torch.nn.Parameter]: # by na
     return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
 
 # %% ../nbs/02_models.ipynb #f13b7241
+@patch(as_prop=True)
+def shared(self: Policy) -> bool:
+    "Do processes share the UNet's weights in parts?"
+    return hasattr(self.unet, "unshard")
+
+@patch
+def check_gathered(self: Policy, doing: str):
+    "Raise `RuntimeError` where this process holds only its part of the weights"
+    if self.shared and not self._gathered: raise RuntimeError(f"{doing} needs all weights, which processes share: do it inside `with policy.gathered():`, which every process has to enter.")
+
 @patch
 @contextmanager
 def gathered(self: Policy):
     "Every process holds the whole UNet inside the `with` block; where processes share its weights (FSDP version 2), all have to enter and to leave together."
-    parts = [] if self._gathered else [module for module in self.unet.modules() if hasattr(module, "unshard")]
+    parts = [module for module in self.unet.modules() if hasattr(module, "unshard")] if self.shared and not self._gathered else []
     if parts: self.unet.set_reshard_after_forward(False)
     for part in parts: part.unshard()
     before, self._gathered = self._gathered, True
@@ -413,7 +423,7 @@ def gathered(self: Policy):
     finally:
         self._gathered = before
         for part in parts: part.reshard()
-        if parts: self.unet.set_reshard_after_forward(True)
+        if parts: self.unet.set_reshard_after_forward(self.reshard_after_forward)
 
 def full_tensor(
     value, # a tensor that processes may share in parts, or anything else
@@ -461,6 +471,7 @@ def save_whole(self: Policy,
     folder: str | os.PathLike, # an earlier UNet in it is replaced
 ) -> Path: # the folder
     "Save the UNet for `UNet2DConditionModel.from_pretrained(folder)`."
+    self.check_gathered("save_whole")
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as unfinished:
@@ -499,7 +510,8 @@ def lora_state(self: Policy) -> dict[str, torch.Tensor]: # float32 copies on the
 def load_lora_state(self: Policy,
     state: dict[str, torch.Tensor], # from `lora_state` of a policy with the same LoRA
 ):
-    "Put a checkpoint's weights back. Raises `ValueError` where names or shapes differ."
+    "Put a checkpoint's weights back. Raises `ValueError` where names or shapes differ, and `RuntimeError` where what is put back would be lost."
+    if self.shared and self._gathered: raise RuntimeError("load_lora_state changes weights that processes share and that are gathered only for now: do it outside of `gathered` and of callbacks, on every process.")
     parameters = self.trainable_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -528,6 +540,7 @@ def save_lora(self: Policy,
 ) -> Path: # the file written
     "Save the LoRA for `pipe.load_lora_weights(folder)`, its alpha included. Raises `ValueError` without a LoRA."
     if not self.has_lora: raise ValueError(f"{self.name!r} has no LoRA to save: call add_lora first.")
+    self.check_gathered("save_lora")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in self.unet.peft_config["default"].to_dict().items()}

@@ -14,11 +14,11 @@ __all__ = ['most_skipped', 'loss_scale_growth', 'may_change', 'Callback', 'Rollo
 
 # %% ../nbs/10_trainer.ipynb #07acef59
 import io, math, platform, random, secrets, signal, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -28,7 +28,7 @@ from PIL import Image
 
 # %% ../nbs/10_trainer.ipynb #5228e8d6
 from .advantages import normalizers
-from .config import TrainConfig, batch_plan, check_processes, load_prompts, memory_estimate, prompt_lists, resolve
+from .config import TrainConfig, batch_plan, check_processes, launched_with, load_prompts, memory_estimate, prompt_lists, queries_per_epoch, resolve
 from .dense import action_returns, query_indices, select_anchor, spread_rewards, step_similarities
 from .evaluate import StepEvaluation, compare, decoded_pixels, evaluation_pairs, picture_size, shrink, spread_indices, step_generalization
 from .files import append_jsonl, atomic_write, read_json, read_jsonl, to_plain, write_json, write_jsonl
@@ -139,6 +139,16 @@ def setup_steps(self: Trainer):
 
 # %% ../nbs/10_trainer.ipynb #b2f0d67a
 @patch
+def share_weights(self: Trainer):
+    "What accelerate has to know before it splits the UNet among the processes; raises ValueError where it cannot"
+    if self.policy.shared: raise ValueError(f"The weights of {self.policy.name!r} have been split among the processes by an earlier trainer; load the policy anew.")
+    if not launched_with("FSDP"): return
+    sharing = getattr(self.accelerator.state, "fsdp_plugin", None)
+    if sharing is None: raise ValueError("ACCELERATE_USE_FSDP is true, but accelerate splits weights among GPUs only, and there are none here; launch without it.")
+    self.policy.reshard_after_forward = bool(sharing.reshard_after_forward)
+    if not sharing.transformer_cls_names_to_wrap: sharing.transformer_cls_names_to_wrap = ["BasicTransformerBlock", "ResnetBlock2D"]  # what every UNet here consists of
+
+@patch
 def setup_optimizer(self: Trainer):
     "LoRA, optimiser, normaliser and the processes that share the work"
     c, waiting = self.config, InitProcessGroupKwargs(timeout=timedelta(hours=12))  # others wait while one evaluates
@@ -149,8 +159,7 @@ def setup_optimizer(self: Trainer):
     processes = self.accelerator.num_processes
     check_processes(c, processes)
     if processes > 1: self.policy.pipeline.to(self.accelerator.device)
-    sharing = getattr(self.accelerator.state, "fsdp_plugin", None)
-    if sharing and not sharing.transformer_cls_names_to_wrap: sharing.transformer_cls_names_to_wrap = ["BasicTransformerBlock", "ResnetBlock2D"]  # what every UNet here consists of
+    self.share_weights()
     self.reward_vae = None if c.reward_vae is None else load_small_vae(c.reward_vae, self.policy)
     (self.policy.unet.enable_gradient_checkpointing if c.gradient_checkpointing else self.policy.unet.disable_gradient_checkpointing)()
     self.policy.add_lora(c.lora_rank, c.lora_alpha, seed=c.seed) if c.lora_rank else self.policy.train_whole()
@@ -229,15 +238,18 @@ def score(
     self: Trainer,
     rollout: Rollout,  # from `sample`; completed in place
     epoch: int=0,      # names the randomness of random anchors
-    *part: int,        # and so does the number of the batch, where batches are scored one by one
+    units: torch.Tensor=None,  # places of its units among those of this process; None: all
 ):
     "Choose which pictures to query and query each once: where a pair shares its first prediction, so does the reward"
     c, (K, B, T) = self.config, rollout.log_prob.shape
     flat, prompts = rollout.pred_x0.flatten(0, 1), rollout.prompts*K
     if c.queries == "final": indices = torch.zeros(K*B, 0, dtype=torch.long)
     else:
-        generator = torch.Generator().manual_seed(hash_seed(c.seed, "anchors", epoch, self.accelerator.process_index, *part))
-        indices = query_indices(flat, int(c.queries) if c.queries.isdigit() else c.queries, c.anchor, generator).cpu()
+        generator = torch.Generator().manual_seed(hash_seed(c.seed, "anchors", epoch, self.accelerator.process_index))
+        drawn = c.anchor == "random" and units is not None  # for all units at once, whatever the batch, as they do not depend on the pictures
+        shown = torch.zeros(K*self.units_per_epoch//self.accelerator.num_processes, T, 1, 1, 1) if drawn else flat
+        indices = query_indices(shown, int(c.queries) if c.queries.isdigit() else c.queries, c.anchor, generator).cpu()
+        if drawn: indices = indices.unflatten(0, (K, -1))[:, units].flatten(0, 1)
     cells = torch.arange(K*B)[:, None]*T + indices
     if c.sampling == "pair": cells = torch.where(indices == 0, cells % (B*T), cells)
     unique, inverse = cells.unique(return_inverse=True)
@@ -276,24 +288,42 @@ def clock(self: Trainer) -> float:
 
 # %% ../nbs/10_trainer.ipynb #6569cecf
 @patch
+def scoring_groups(self: Trainer) -> list:  # of LongTensors, places of this process's units
+    "What is scored together in a thread: whole batches with up to 64 pictures, and two groups at least"
+    c, batches = self.config, torch.arange(self.units_per_epoch//self.accelerator.num_processes).split(self.micro_units)
+    pictures = queries_per_epoch(c)*c.micro_batch/c.pairs_per_epoch
+    together = max(1, min(int(64/pictures), len(batches)//2))
+    return [torch.cat(batches[start:start+together]) for start in range(0, len(batches), together)]
+
+# %% ../nbs/10_trainer.ipynb #8f026ff2
+@patch
 def score_meanwhile(
     self: Trainer,
     epoch: int,   # names everything random
 ) -> tuple:       # a scored `Rollout`, and the time when sampling had ended
-    "Score each batch in a thread while the next one is sampled"
-    device = self.policy.device
-    def work(part, number):
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(): self.score(part, epoch, number)  # which GPU is meant belongs to a thread
-        return part
-    worker, answers = ThreadPoolExecutor(1, "reward"), []
+    "Score in a thread while sampling goes on; a reward that fails ends the epoch"
+    device, waiting, scored, failed, given_up = self.policy.device, SimpleQueue(), [], [], threading.Event()
+    def work():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # which GPU is meant belongs to a thread
+            for parts, units in iter(waiting.get, None):
+                if given_up.is_set(): return
+                part = join_rollouts(parts)
+                try: self.score(part, epoch, units)
+                except BaseException as error: return failed.append(error)
+                scored.append(part)
+    worker, parts = threading.Thread(target=work, name="reward", daemon=True), self.sample_parts(epoch)  # a daemon: a reward that hangs must not keep an interrupted run alive
+    worker.start()
     try:
-        for number, part in enumerate(self.sample_parts(epoch)):
-            answers.append(worker.submit(work, part, number))
-            for answer in answers:
-                if answer.done(): answer.result()  # a reward that failed ends the epoch now
+        for units in self.scoring_groups():
+            if not failed: waiting.put(([next(parts) for _ in units.split(self.micro_units)], units))
+        waiting.put(None)
         sampled = self.clock()
-        return join_rollouts([answer.result() for answer in answers]), sampled
-    finally: worker.shutdown(wait=False, cancel_futures=True)
+        worker.join()
+        if failed: raise failed[0]
+        return join_rollouts(scored), sampled
+    finally:
+        given_up.set()
+        waiting.put(None)
 
 # %% ../nbs/10_trainer.ipynb #61df7e9a
 @patch
@@ -434,7 +464,7 @@ def apply_update(
     "Accumulate the gradient of one update, micro-batch by micro-batch; processes exchange gradients at the last one only"
     portions, logs = self.portions(rollout, update), []
     for number, (share, compute) in enumerate(portions, 1):
-        with nullcontext() if number == len(portions) else self.accelerator.no_sync(self.policy.forward_module):
+        with nullcontext() if number == len(portions) or self.policy.shared else self.accelerator.no_sync(self.policy.forward_module):  # shared gradients stay in parts: more messages, less memory
             loss, log = compute()
             loss = loss*(1 + 0*loss.detach())  # nothing changes, unless the loss is infinite or NaN: then so is its gradient, and the update is dropped everywhere
             self.accelerator.backward(share*loss*self.counts["loss_scale"])
@@ -646,9 +676,12 @@ def load_own_state(self: Trainer, state: dict): "The inverse of `own_state`"
 
 @patch
 def optimizer_state(self: Trainer) -> dict:
-    "That of AdamW, with all of what processes share"
-    state = self.optimizer.state_dict()
-    return {**state, "state": {index: {name: full_tensor(value) for name, value in of_one.items()} for index, of_one in state["state"].items()}}
+    "That of AdamW, with all of what processes share; kept by the main process only"
+    state, whole = self.optimizer.state_dict(), {}
+    for index, of_one in state["state"].items():
+        values = {name: full_tensor(value) for name, value in of_one.items()}  # every process has to ask
+        if self.accelerator.is_main_process: whole[index] = values
+    return {**state, "state": whole}
 
 @patch
 def load_optimizer_state(self: Trainer, state: dict):
@@ -659,7 +692,8 @@ def load_optimizer_state(self: Trainer, state: dict):
 @patch
 def keep_state(self: Trainer):
     "Remember everything a resumed run needs, as the bytes of a file: what an accident in the next epoch will find"
-    states, weights, optimizer = gather_object([random_states()]), self.policy.lora_state(), self.optimizer_state()
+    states, optimizer = gather_object([random_states()]), self.optimizer_state()
+    with self.policy.gathered(): weights = self.policy.lora_state() if self.accelerator.is_main_process else None
     if not self.accelerator.is_main_process: return
     buffer = io.BytesIO()
     torch.save(dict(format="sdpo_nb checkpoint 1", config=asdict(self.config), prompts=self.prompts, lora=weights, counts=self.counts,

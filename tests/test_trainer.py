@@ -653,30 +653,73 @@ def test_the_reward_may_work_while_sampling_goes_on(make, settings):
         assert other is None if one is None else torch.allclose(other, one, rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.parametrize('micro_batch', [1, 2])
+def test_random_anchors_do_not_depend_on_batches(make, micro_batch):
+    settings = dict(anchor='random', num_steps=20, pairs_per_epoch=8)
+    plain, meanwhile = make(**settings).rollout(0), make(**settings, micro_batch=micro_batch, reward_worker=True).rollout(0)
+    assert torch.equal(plain.indices, meanwhile.indices) and plain.indices[..., 1].unique().numel() > 4
+
+
+def watch_batches(monkeypatch, before):
+    "Call `before(number)` when a batch of trajectories begins; the numbers so far"
+    from sdpo_nb import trainer as module
+    seen, sample = [], module.sample_trajectories
+    def watched(*args, **options):
+        seen.append(len(seen))
+        before(seen[-1])
+        return sample(*args, **options)
+    monkeypatch.setattr(module, 'sample_trajectories', watched)
+    return seen
+
+
 def test_sampling_does_go_on(make, monkeypatch):
     "A reward that answers for the first batch only when the second is being sampled"
-    from sdpo_nb import trainer as module
-    begun, threads, sample = [threading.Event(), threading.Event()], [], module.sample_trajectories
-    def watched(*args, **options):
-        (begun[1] if begun[0].is_set() else begun[0]).set()
-        return sample(*args, **options)
+    begun, threads = threading.Event(), []
     def patient(images, prompts):
         threads.append(threading.current_thread().name)
-        assert begun[1].wait(60)
+        assert begun.wait(60)
         return redness(images, prompts)
-    monkeypatch.setattr(module, 'sample_trajectories', watched)
+    watch_batches(monkeypatch, lambda number: begun.set() if number else None)
     make(reward=patient, micro_batch=2, reward_worker=True).rollout(0)
-    assert len(threads) == 2 and all(name.startswith('reward') for name in threads)
+    assert threads == ['reward']*2
 
 
-def test_a_reward_that_fails_in_the_thread_ends_the_epoch(make, tmp_path):
-    calls = []
+def test_calls_do_not_become_small(make):
+    "Batches are put together up to 64 pictures, as long as two groups are left"
+    def groups(**settings): return [len(units) for units in make(reward_worker=True, **settings).scoring_groups()]
+    assert groups(micro_batch=1) == [2, 2] and groups(micro_batch=1, pairs_per_epoch=6, pairs_per_update=6) == [3, 3]
+    assert groups(micro_batch=1, pairs_per_epoch=40) == [12, 12, 12, 4] and groups(micro_batch=2, pairs_per_epoch=40) == [12, 12, 12, 4]   # five pictures a pair
+    assert groups(micro_batch=2, pairs_per_epoch=8, queries='all', num_steps=50) == [2]*4 and groups(micro_batch=1, recipe='ddpo') == [4, 4]
+
+
+def test_a_reward_that_fails_in_the_thread_ends_the_epoch(make, tmp_path, monkeypatch):
+    calls, asked = [], threading.Event()
     def failing(images, prompts):
         calls.append(len(images))
+        asked.set()
         raise RuntimeError('out of ideas')
-    trainer = make(reward=failing, micro_batch=1, reward_worker=True)
+    def after_the_failure(number):
+        if number < 12: return
+        assert asked.wait(60)
+        while any(thread.name == 'reward' for thread in threading.enumerate()): pass
+    sampled = watch_batches(monkeypatch, after_the_failure)
+    trainer = make(reward=failing, micro_batch=1, pairs_per_epoch=40, reward_worker=True)
     with pytest.raises(ValueError, match="reward 'failing' failed: RuntimeError: out of ideas"): trainer.train()
-    assert newest_checkpoint(tmp_path/'run')['counts']['epoch'] == 0 and len(calls) <= 4
+    assert newest_checkpoint(tmp_path/'run')['counts']['epoch'] == 0 and len(calls) == 1 and len(sampled) <= 24   # of 40: the group of twelve that was asked for, and the one after it
+
+
+def test_a_hanging_reward_does_not_keep_an_interrupted_run_alive(pipeline, tmp_path):
+    code = f'''
+import os, signal, sys, threading, time; sys.path.insert(0, {str(TESTS)!r})
+from test_trainer import *
+def hanging(images, prompts):
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    time.sleep(10000)
+config = TrainConfig(num_steps=3, pairs_per_epoch=4, pairs_per_update=2, micro_batch=1, eval_samples=0, buffer_size=8, min_count=4, reward_worker=True, output_dir={str(tmp_path/'run')!r})
+try: Trainer(load_policy({str(pipeline)!r}, device='cpu'), hanging, PROMPTS, config, []).train()
+except KeyboardInterrupt: print('interrupted')'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == 'interrupted' and newest_checkpoint(tmp_path/'run')['counts']['epoch'] == 0
 
 
 def test_resume_is_exact_with_the_reward_in_a_thread(make, tmp_path):
@@ -690,11 +733,6 @@ def test_resume_is_exact_with_the_reward_in_a_thread(make, tmp_path):
     resumed = make(**settings, epochs=2, resume=str(tmp_path/'run'))
     resumed.train()
     assert same_weights(straight, resumed) and without_clock(tmp_path/'straight') == without_clock(tmp_path/'run')
-
-
-def test_random_anchors_of_batches_are_drawn_apart(make):
-    anchors = make(micro_batch=1, reward_worker=True, anchor='random', num_steps=40, pairs_per_epoch=8).rollout(0).indices[..., 1]
-    assert len({tuple(pair.tolist()) for pair in anchors.T}) > 4
 
 
 def test_a_thread_without_anything_to_do_is_refused(make):
@@ -808,6 +846,34 @@ def test_processes_that_share_the_weights(make, pipeline, two_processes, tmp_pat
     policy.load_lora(tmp_path/'two/lora') if settings.get('lora_rank', 4) else policy.load_whole(tmp_path/'two/unet')
     saved = policy.lora_state()
     assert saved.keys() == first.keys() and all(torch.equal(saved[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize('name, value', [('FSDP_ACTIVATION_CHECKPOINTING', 'true'), ('FSDP_OFFLOAD_PARAMS', 'true'), ('FSDP_AUTO_WRAP_POLICY', 'SIZE_BASED_WRAP')])
+def test_ways_of_sharing_that_do_not_work(monkeypatch, name, value):
+    for variable, setting in (('ACCELERATE_USE_FSDP', 'true'), ('FSDP_VERSION', '2'), (name, value)): monkeypatch.setenv(variable, setting)
+    with pytest.raises(ValueError, match=f'{name} is {value}, which does not work here; '): batch_line(resolve(TrainConfig()))
+
+
+def test_sharing_without_gpus_is_refused(make, monkeypatch):
+    for variable, setting in (('ACCELERATE_USE_FSDP', 'true'), ('FSDP_VERSION', '2')): monkeypatch.setenv(variable, setting)
+    with pytest.raises(ValueError, match='accelerate splits weights among GPUs only, and there are none here'): make()
+
+
+def test_what_would_go_wrong_where_weights_are_shared(pipeline, two_processes, tmp_path):
+    "Each in one sentence: saving a part, loading what would be lost, a second trainer"
+    answers, other = two_processes(textwrap.dedent(SHARED.format(pipeline=str(pipeline))) + textwrap.dedent(f'''
+        settings = dict(num_steps=2, pairs_per_epoch=4, pairs_per_update=4, micro_batch=1, normalizer='step')
+        trainer = shared({str(tmp_path/'run')!r}, **settings)
+        trainer.train_epoch()
+        policy, told = trainer.policy, []
+        def attempt(action):
+            try: action()
+            except (ValueError, RuntimeError) as error: told.append(str(error))
+        attempt(lambda: policy.save_lora({str(tmp_path/'lora')!r}))
+        with policy.gathered(): attempt(lambda: policy.load_lora_state(policy.lora_state()))
+        attempt(lambda: Trainer(policy, redness, PROMPTS, TrainConfig(output_dir={str(tmp_path/'other')!r}, **settings)))'''), result='told', sharing=True)
+    assert [' '.join(answer.split()[:1]) for answer in answers] == ['save_lora', 'load_lora_state', 'The'] and answers == other
+    assert 'with policy.gathered():' in answers[0] and 'outside of `gathered` and of callbacks' in answers[1] and 'load the policy anew' in answers[2]
 
 
 def test_resume_where_weights_are_shared(pipeline, two_processes, tmp_path):
