@@ -134,7 +134,9 @@ def loading_error(
 def quiet_loading(
     bars: bool = False, # keep the progress bars, for what is downloaded?
 ):
-    "No progress bars and no notes while a pipeline loads; errors still come through."
+    "No progress bars and no notes while something loads; errors still come through. Every process reads its own weights."
+    shared = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")  # lets transformers read nothing but on the first process, as if all networks were shared later
+    if shared: os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     libraries = diffusers_logging, transformers_logging
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
@@ -145,6 +147,7 @@ def quiet_loading(
             warnings.simplefilter("ignore", FutureWarning) # names that newer libraries give to old options
             yield
     finally:
+        if shared: os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = shared
         for library, verbosity, bar in before:
             library.set_verbosity(verbosity)
             if bar: library.enable_progress_bar()

@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from .shapes import ConvFeatures, Oracle, image_size
 
@@ -356,16 +355,14 @@ def load_text_encoder() -> tuple: # tokenizer, frozen text encoder
     folders = assets/"tiny"/"tokenizer", assets/"tiny"/"text_encoder"
     for folder in folders:
         if not folder.is_dir(): raise FileNotFoundError(f"The embedded pipeline's {folder.name} is missing at {folder}: reinstall sdpo_nb.")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar() # these files load in a millisecond
+    from sdpo_nb.models import quiet_loading  # diffusers takes a while to import
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folders[0], local_files_only=True)
-        encoder, report = CLIPTextModel.from_pretrained(folders[1], local_files_only=True, output_loading_info=True)
+        with quiet_loading():
+            tokenizer = CLIPTokenizer.from_pretrained(folders[0], local_files_only=True)
+            encoder, report = CLIPTextModel.from_pretrained(folders[1], local_files_only=True, output_loading_info=True)
         if report["missing_keys"]: raise KeyError(f"without {sorted(report['missing_keys'])[0]}") # transformers would fill them with random numbers
     except Exception as error: # the libraries below raise many kinds
         raise OSError(f"The embedded pipeline's text encoder in {assets/'tiny'} is damaged ({str(error).splitlines()[0]}): reinstall sdpo_nb.") from error
-    finally:
-        if bars: transformers_logging.enable_progress_bar()
     return tokenizer, encoder.float().requires_grad_(False).eval()
 
 # %% ../nbs/05_rewards.ipynb #74375046

@@ -498,3 +498,13 @@ def test_stock_diffusers_draws_with_the_embedded_pipeline_as_it_lies():
     stock = StableDiffusionPipeline.from_pretrained(models.policy_folder("tiny"), safety_checker=None, requires_safety_checker=False)
     assert stock.text_encoder.dtype == stock.unet.dtype == stock.vae.dtype == torch.float32
     assert stock("a red circle", num_inference_steps=2, guidance_scale=0.).images[0].size == (32, 32)
+
+
+def test_every_process_reads_its_own_weights(monkeypatch):
+    "What accelerate launch sets by default would leave text encoder and rewards without weights on all processes but one"
+    from sdpo_nb.models import quiet_loading
+    monkeypatch.setenv('FSDP_CPU_RAM_EFFICIENT_LOADING', 'true')
+    with quiet_loading(): assert os.environ['FSDP_CPU_RAM_EFFICIENT_LOADING'] == 'false'
+    assert os.environ['FSDP_CPU_RAM_EFFICIENT_LOADING'] == 'true'
+    monkeypatch.delenv('FSDP_CPU_RAM_EFFICIENT_LOADING')
+    with quiet_loading(): assert 'FSDP_CPU_RAM_EFFICIENT_LOADING' not in os.environ
