@@ -8,7 +8,7 @@
 proportion to the pictures, as another GPU would take, and once for as long at each call, however many pictures it has, as a distant
 server may. `--rewards` are real ones, which want the same processor (or, on a GPU, may not).
 The two ways take turns, `--rounds` times each, and the table gives the median of the ratios. The most that can be saved is the
-shorter of the two, sampling or scoring, for all batches but one. One JSON line a row is added to `--output`.
+shorter of the two, sampling or scoring, for all groups of batches but one. One JSON line a row is added to `--output`.
 """
 
 import argparse

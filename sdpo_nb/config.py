@@ -72,7 +72,7 @@ class TrainConfig:
     reward_vae: str = None             # a small autoencoder (a folder or hub id of an AutoencoderTiny) that decodes what the reward sees; None: the policy's own
     reward_timeout: float = 0.0        # seconds that one call of the reward may take; 0 for no limit
     reward_device: str = None          # where a model that scores runs, such as cuda:1 or cpu; None: where the policy is
-    reward_worker: bool = False        # score each batch of trajectories in a thread while the next one is sampled: for a reward that waits for a server, or has a device of its own
+    reward_worker: bool = False        # score trajectories in a thread while the next ones are sampled: for a reward that waits for a server, or has a device of its own
     seed: int = 42                     # of everything random
     output_dir: str = "runs/tiny"      # the run folder; must not hold another run
     resume: str = None                 # a run folder to go on with

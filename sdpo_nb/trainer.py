@@ -307,10 +307,10 @@ def score_meanwhile(
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # which GPU is meant belongs to a thread
             for parts, units in iter(waiting.get, None):
                 if given_up.is_set(): return
-                part = join_rollouts(parts)
-                try: self.score(part, epoch, units)
-                except BaseException as error: return failed.append(error)
-                scored.append(part)
+                try:
+                    scored.append(join_rollouts(parts))
+                    self.score(scored[-1], epoch, units)
+                except BaseException as error: return failed.append(error)  # of any kind: what is missing would not be noticed otherwise
     worker, parts = threading.Thread(target=work, name="reward", daemon=True), self.sample_parts(epoch)  # a daemon: a reward that hangs must not keep an interrupted run alive
     worker.start()
     try:

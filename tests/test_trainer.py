@@ -722,6 +722,16 @@ except KeyboardInterrupt: print('interrupted')'''
     assert done.stdout.strip() == 'interrupted' and newest_checkpoint(tmp_path/'run')['counts']['epoch'] == 0
 
 
+def test_an_accident_of_the_thread_itself_is_not_overlooked(make, monkeypatch):
+    "Out of memory while batches are put together, say: an epoch with trajectories missing must not go on"
+    from sdpo_nb import trainer as module
+    def no_memory(parts, real=module.join_rollouts):
+        if threading.current_thread().name == 'reward': raise MemoryError('no room')
+        return real(parts)
+    monkeypatch.setattr(module, 'join_rollouts', no_memory)
+    with pytest.raises(MemoryError, match='no room'): make(micro_batch=1, reward_worker=True).rollout(0)
+
+
 def test_resume_is_exact_with_the_reward_in_a_thread(make, tmp_path):
     settings = dict(reward=noisy_redness, micro_batch=1, reward_worker=True, anchor='random', num_steps=6)
     torch.manual_seed(5)
@@ -876,9 +886,10 @@ def test_what_would_go_wrong_where_weights_are_shared(pipeline, two_processes, t
     assert 'with policy.gathered():' in answers[0] and 'outside of `gathered` and of callbacks' in answers[1] and 'load the policy anew' in answers[2]
 
 
-def test_resume_where_weights_are_shared(pipeline, two_processes, tmp_path):
-    "Bit by bit"
-    settings = dict(num_steps=3, pairs_per_epoch=4, pairs_per_update=2, micro_batch=1, normalizer='step', learning_rate=1e-3)
+@pytest.mark.parametrize('rank', [0, 4])
+def test_resume_where_weights_are_shared(pipeline, two_processes, tmp_path, rank):
+    "Bit by bit, the whole UNet and a LoRA"
+    settings = dict(num_steps=3, pairs_per_epoch=4, pairs_per_update=2, micro_batch=1, normalizer='step', lora_rank=rank, learning_rate=1e-4)
     start = textwrap.dedent(SHARED.format(pipeline=str(pipeline)))
     straight, _ = two_processes(start + f'trainer = shared({str(tmp_path/"straight")!r}, epochs=2, **{settings!r})', sharing=True)
     two_processes(start + f'trainer = shared({str(tmp_path/"run")!r}, epochs=1, **{settings!r})', sharing=True)
