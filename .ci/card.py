@@ -1,7 +1,7 @@
 """Draw the picture that a link to the site is shown with, and the icon of its tab, from what the shipped model predicts.
 
-    python .ci/card.py            # writes nbs/images/card.png and nbs/images/icon.png
-    python .ci/card.py FOLDER     # writes them there
+python .ci/card.py            # writes nbs/images/card.png and nbs/images/icon.png
+python .ci/card.py FOLDER     # writes them there
 """
 
 import io
@@ -23,7 +23,15 @@ from sdpo_nb.models import load_policy
 images = Path(__file__).resolve().parent.parent / "nbs" / "images"
 prompt, num_steps = "a star", 8  # the colours are left open, so the two trajectories part visibly
 width, height, frame, gap, left = 1200, 630, 124, 10, 58  # pixels
-night, film, hole, edge, paper, quiet, amber = "#10182b", "#05080f", "#26324d", "#3a4763", "#f4f1ea", "#b4bed0", "#e69f00"
+night, film, hole, edge, paper, quiet, amber = (
+    "#10182b",
+    "#05080f",
+    "#26324d",
+    "#3a4763",
+    "#f4f1ea",
+    "#b4bed0",
+    "#e69f00",
+)
 
 
 @torch.no_grad()
@@ -32,7 +40,12 @@ def play_pair() -> tuple:
     policy = load_policy("tiny", device="cpu")
     initial, noises = pair_noise(0, 0, [0], num_steps, policy.latent_shape)
     embedding = policy.embed([prompt] * 2)
-    game = sample_trajectories(lambda x, t: policy.predict(x, t, embedding), make_ddim(policy.scheduler, num_steps), initial[:, 0], noises[:, 0])
+    game = sample_trajectories(
+        lambda x, t: policy.predict(x, t, embedding),
+        make_ddim(policy.scheduler, num_steps),
+        initial[:, 0],
+        noises[:, 0],
+    )
     return policy.decode(game.pred_x0.flatten(0, 1)).unflatten(0, (2, num_steps)), select_anchor(game.pred_x0).tolist()
 
 
@@ -48,12 +61,24 @@ def draw_strip(axis, top: float, pictures: torch.Tensor, anchor: int, name: str)
     axis.add_patch(Rectangle((left, top), span, frame + 44, color=film))
     for x in np.arange(left + 9, left + span - 10, 21.4):
         for y in (top + 6, top + frame + 30):
-            axis.add_patch(FancyBboxPatch((x, y), 10, 8, boxstyle="round,pad=0,rounding_size=2", color=hole, linewidth=0))
+            axis.add_patch(
+                FancyBboxPatch((x, y), 10, 8, boxstyle="round,pad=0,rounding_size=2", color=hole, linewidth=0)
+            )
     for step, picture in enumerate(pictures):
         x, y = left + gap + step * (frame + gap), top + 22
         scored = step in (0, anchor, num_steps - 1)
         axis.imshow(enlarge(picture, frame), extent=(x, x + frame, y + frame, y), zorder=2)
-        axis.add_patch(Rectangle((x, y), frame, frame, fill=False, edgecolor=amber if scored else edge, linewidth=3.5 if scored else 1, zorder=3))
+        axis.add_patch(
+            Rectangle(
+                (x, y),
+                frame,
+                frame,
+                fill=False,
+                edgecolor=amber if scored else edge,
+                linewidth=3.5 if scored else 1,
+                zorder=3,
+            )
+        )
     axis.text(left - 20, top + 22 + frame / 2, name, color=quiet, fontsize=20, style="italic", ha="center", va="center")
 
 
@@ -64,7 +89,9 @@ def draw_card(pictures: torch.Tensor, anchors: list) -> Image.Image:
     axis.text(left, 92, "sdpo_nb", color=paper, fontsize=58, weight="bold", va="center")
     axis.text(left, 168, "Reward alignment of few-step diffusion models,", color=paper, fontsize=22, va="center")
     axis.text(left, 205, "in notebooks that run on a laptop", color=paper, fontsize=22, va="center")
-    for line, text in enumerate(("one noise, two trajectories;", "three scored frames of each", "reward all of its steps")):
+    for line, text in enumerate(
+        ("one noise, two trajectories;", "three scored frames of each", "reward all of its steps")
+    ):
         axis.text(1140, 60 + 27 * line, text, color=(quiet, amber, quiet)[line], fontsize=15, ha="right", va="center")
     for row, name in enumerate("ab"):
         draw_strip(axis, 250 + row * (frame + 55), pictures[row], anchors[row], name)
@@ -86,7 +113,9 @@ def save(image: Image.Image, path: Path):
     "Write a PNG; few colours keep it small."
     buffer = io.BytesIO()
     image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
-    print(f"{atomic_write(path, buffer.getvalue())}: {image.width}×{image.height}, {len(buffer.getvalue())/1000:.0f} KB")
+    print(
+        f"{atomic_write(path, buffer.getvalue())}: {image.width}×{image.height}, {len(buffer.getvalue()) / 1000:.0f} KB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write README.md from nbs/index.ipynb: prose, code and text outputs; hidden cells and pictures made by code stay out.
 
-    python .ci/readme.py            # writes README.md
-    python .ci/readme.py --check    # exits with 1 where it is out of step
+python .ci/readme.py            # writes README.md
+python .ci/readme.py --check    # exits with 1 where it is out of step
 """
 
 import json
@@ -46,5 +46,9 @@ def readme() -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(None if (root / "README.md").read_text() == readme() else "README.md is out of step with nbs/index.ipynb; run python .ci/readme.py")
+        sys.exit(
+            None
+            if (root / "README.md").read_text() == readme()
+            else "README.md is out of step with nbs/index.ipynb; run python .ci/readme.py"
+        )
     (root / "README.md").write_text(readme())

@@ -24,7 +24,11 @@ from sdpo_nb.trainer import Trainer, versions
 
 results = Path(__file__).parent / "results" / "experiments" / "advantage_variance.jsonl"
 rewards = ("shapes_aesthetic", "shapes_alignment", "warmth")
-epochs, first, settled = 36, slice(0, 6), slice(12, 36)  # the memory of 12 prompts is half full after 6 epochs and full after 12, on average
+epochs, first, settled = (
+    36,
+    slice(0, 6),
+    slice(12, 36),
+)  # the memory of 12 prompts is half full after 6 epochs and full after 12, on average
 
 
 def rounded(table: torch.Tensor) -> list:
@@ -34,8 +38,17 @@ def rounded(table: torch.Tensor) -> list:
 
 def collect(seed: int) -> tuple[Trainer, list, dict]:
     "Prompts of every epoch's pairs, and by reward the returns `[2,B,T]` of every epoch with their cost; the policy stays as it is"
-    trainer = Trainer(load_policy("tiny", device="cpu"), rewards[0], "shapes", preset_config("tiny", seed=seed, normalizer="none", epochs=epochs), callbacks=[])
-    prompts, found = [], {name: dict(reward=get_reward(name), returns=[], seconds=0.0, reward_queries=0) for name in rewards}
+    trainer = Trainer(
+        load_policy("tiny", device="cpu"),
+        rewards[0],
+        "shapes",
+        preset_config("tiny", seed=seed, normalizer="none", epochs=epochs),
+        callbacks=[],
+    )
+    prompts, found = (
+        [],
+        {name: dict(reward=get_reward(name), returns=[], seconds=0.0, reward_queries=0) for name in rewards},
+    )
     for epoch in range(epochs):
         started = time.perf_counter()
         rollout = trainer.sample(epoch)
@@ -55,7 +68,9 @@ def collect(seed: int) -> tuple[Trainer, list, dict]:
 def advantages_by(name: str, prompts: list, returns: list) -> list:
     "What a normaliser makes of the returns, epoch by epoch, `[2,B,T]` each"
     normalizer = normalizers[name]()
-    return [normalizer.update(names * 2, values.flatten(0, 1)).view_as(values) for names, values in zip(prompts, returns)]
+    return [
+        normalizer.update(names * 2, values.flatten(0, 1)).view_as(values) for names, values in zip(prompts, returns)
+    ]
 
 
 def by_cell(values: torch.Tensor, prompts: list, names: list, advantage_clip: float) -> dict:
@@ -71,25 +86,46 @@ def judge(name: str, prompts: list, returns: list, names: list, advantage_clip: 
     "One normaliser: parts of the variance early and late, the scale of every cell, and what the clip takes"
     advantages = advantages_by(name, prompts, returns)
 
-    def joined(epochs): return torch.cat(advantages[epochs], 1), sum(prompts[epochs], [])
+    def joined(epochs):
+        return torch.cat(advantages[epochs], 1), sum(prompts[epochs], [])
 
     parts = {}
     for phase, epochs in (("first", first), ("settled", settled)):
         values, pair_prompts = joined(epochs)
         parts[phase] = variance_parts(values.flatten(0, 1), pair_prompts * 2)
-    return {**parts, "beyond_clip": (values.abs() > advantage_clip).float().mean().item(), **by_cell(values, pair_prompts, names, advantage_clip)}
+    return {
+        **parts,
+        "beyond_clip": (values.abs() > advantage_clip).float().mean().item(),
+        **by_cell(values, pair_prompts, names, advantage_clip),
+    }
 
 
 def run(seed: int) -> list:
     "One record for each reward"
     trainer, prompts, found = collect(seed)
     config = trainer.config
-    return [{"group": "advantage_variance", "recipe": config.recipe, "reward": name, "seed": seed, "config": {**asdict(config), "reward": name},
-             "versions": versions(), "machine": {"processor": platform.machine(), "system": platform.system()}, "seconds": round(record["seconds"], 1),
-             "samples": epochs * 2 * config.pairs_per_epoch, "reward_queries": record["reward_queries"], "optimizer_steps": 0,
-             "epochs": {"first": [first.start, first.stop], "settled": [settled.start, settled.stop]}, "prompts": trainer.prompts,
-             "normalizers": {kind: judge(kind, prompts, record["returns"], trainer.prompts, config.advantage_clip) for kind in normalizers}}
-            for name, record in found.items()]
+    return [
+        {
+            "group": "advantage_variance",
+            "recipe": config.recipe,
+            "reward": name,
+            "seed": seed,
+            "config": {**asdict(config), "reward": name},
+            "versions": versions(),
+            "machine": {"processor": platform.machine(), "system": platform.system()},
+            "seconds": round(record["seconds"], 1),
+            "samples": epochs * 2 * config.pairs_per_epoch,
+            "reward_queries": record["reward_queries"],
+            "optimizer_steps": 0,
+            "epochs": {"first": [first.start, first.stop], "settled": [settled.start, settled.stop]},
+            "prompts": trainer.prompts,
+            "normalizers": {
+                kind: judge(kind, prompts, record["returns"], trainer.prompts, config.advantage_clip)
+                for kind in normalizers
+            },
+        }
+        for name, record in found.items()
+    ]
 
 
 def main():

@@ -32,33 +32,86 @@ results = Path(__file__).parent / "results"
 
 class ReferenceLoop(Trainer):
     "The same algorithm, with the calls of network, decoder and reward that the public code makes"
+
     sampling_batch = 8  # pairs
 
     def sample(self, epoch):
         c, (units, prompts) = self.config, self.draw_units(epoch)
         embedding, parts = self.policy.embed(prompts), []
         for chunk in torch.arange(len(units)).split(self.sampling_batch):
-            initial, noises = pair_noise(c.seed, epoch, units[chunk], c.num_steps, self.policy.latent_shape, device=self.policy.device, dtype=self.policy.dtype)
-            parts.append([sample_trajectories(lambda x, t: self.policy.predict(x, t, embedding[chunk]), self.scheduler, initial[k], noises[k], eta=c.eta,
-                                              prev_timestep=self.prev_timestep) for k in (0, 1)])
-        def join(name): return torch.stack([torch.cat([getattr(part[k], name) for part in parts]) for k in (0, 1)])
+            initial, noises = pair_noise(
+                c.seed,
+                epoch,
+                units[chunk],
+                c.num_steps,
+                self.policy.latent_shape,
+                device=self.policy.device,
+                dtype=self.policy.dtype,
+            )
+            parts.append(
+                [
+                    sample_trajectories(
+                        lambda x, t: self.policy.predict(x, t, embedding[chunk]),
+                        self.scheduler,
+                        initial[k],
+                        noises[k],
+                        eta=c.eta,
+                        prev_timestep=self.prev_timestep,
+                    )
+                    for k in (0, 1)
+                ]
+            )
+
+        def join(name):
+            return torch.stack([torch.cat([getattr(part[k], name) for part in parts]) for k in (0, 1)])
+
         return Rollout(prompts, embedding, join("latents"), join("pred_x0"), join("log_prob"))
 
     def score(self, rollout, epoch=0):
         K, B, T = rollout.log_prob.shape
         rollout.indices = query_indices(rollout.pred_x0.flatten(0, 1), 3, self.config.anchor).cpu().unflatten(0, (K, B))
-        rollout.rewards = torch.stack([torch.cat([torch.stack([
-            self.score_latents(rollout.pred_x0[k, chunk, rollout.indices[k, chunk, query]], [rollout.prompts[i] for i in chunk]) for query in range(3)], 1)
-            for chunk in torch.arange(B).split(self.sampling_batch)]) for k in range(K)])
-        rollout.queries += 3*K*B
+        rollout.rewards = torch.stack(
+            [
+                torch.cat(
+                    [
+                        torch.stack(
+                            [
+                                self.score_latents(
+                                    rollout.pred_x0[k, chunk, rollout.indices[k, chunk, query]],
+                                    [rollout.prompts[i] for i in chunk],
+                                )
+                                for query in range(3)
+                            ],
+                            1,
+                        )
+                        for chunk in torch.arange(B).split(self.sampling_batch)
+                    ]
+                )
+                for k in range(K)
+            ]
+        )
+        rollout.queries += 3 * K * B
 
     def action_log_prob(self, rollout, units, steps):
         timestep, embedding = self.scheduler.timesteps[steps].to(rollout.latents.device), rollout.embedding[units]
         both = []
         for latents in rollout.latents:
-            state, action = latents[units, steps], latents[units, steps+1]
+            state, action = latents[units, steps], latents[units, steps + 1]
             output = self.policy.predict(state, timestep, embedding)
-            both.append((ddim_step(self.scheduler, output, timestep, state, eta=self.config.eta, prev_sample=action, prev_timestep=self.prev_timestep).log_prob, output))
+            both.append(
+                (
+                    ddim_step(
+                        self.scheduler,
+                        output,
+                        timestep,
+                        state,
+                        eta=self.config.eta,
+                        prev_sample=action,
+                        prev_timestep=self.prev_timestep,
+                    ).log_prob,
+                    output,
+                )
+            )
         return torch.stack([log_prob for log_prob, _ in both]), torch.cat([output for _, output in both])
 
 
@@ -90,35 +143,87 @@ def main():
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--pairs_per_epoch", type=int, default=16)
     parser.add_argument("--micro_batch", type=int, default=16, help="pairs, of our loop")
-    parser.add_argument("--reference_micro_batch", type=int, nargs="+", default=[1, 2], help="pairs, of the reference's")
+    parser.add_argument(
+        "--reference_micro_batch", type=int, nargs="+", default=[1, 2], help="pairs, of the reference's"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=results / "against_reference_loop.jsonl")
     given = parser.parse_args()
     policy = load_policy(given.policy, precision=given.precision)
-    config = resolve(TrainConfig(policy=given.policy, reward=given.reward, precision=given.precision, num_steps=given.num_steps, micro_batch=given.micro_batch,
-                                 pairs_per_epoch=given.pairs_per_epoch, pairs_per_update=given.pairs_per_epoch, learning_rate=1e-5))
+    config = resolve(
+        TrainConfig(
+            policy=given.policy,
+            reward=given.reward,
+            precision=given.precision,
+            num_steps=given.num_steps,
+            micro_batch=given.micro_batch,
+            pairs_per_epoch=given.pairs_per_epoch,
+            pairs_per_update=given.pairs_per_epoch,
+            learning_rate=1e-5,
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
-        loops = {"ours": (Trainer, given.micro_batch), **{f"reference, micro-batch {size}": (ReferenceLoop, size) for size in given.reference_micro_batch}}
+        loops = {
+            "ours": (Trainer, given.micro_batch),
+            **{f"reference, micro-batch {size}": (ReferenceLoop, size) for size in given.reference_micro_batch},
+        }
+
         def build(name):
             kind, size = loops[name]
-            return kind(policy, config.reward, config.prompts, replace(config, micro_batch=size, output_dir=f"{folder}/{name}"), callbacks=[])
+            return kind(
+                policy,
+                config.reward,
+                config.prompts,
+                replace(config, micro_batch=size, output_dir=f"{folder}/{name}"),
+                callbacks=[],
+            )
+
         gradients = {name: gradient(build(name)) for name in loops}
-        differences = {name: ((found - gradients["ours"]).norm()/gradients["ours"].norm()).item() for name, found in gradients.items()}
-        if given.precision == "fp32" and max(differences.values()) > 1e-3: raise SystemExit(f"The loops disagree about the gradient: {differences}.")
+        differences = {
+            name: ((found - gradients["ours"]).norm() / gradients["ours"].norm()).item()
+            for name, found in gradients.items()
+        }
+        if given.precision == "fp32" and max(differences.values()) > 1e-3:
+            raise SystemExit(f"The loops disagree about the gradient: {differences}.")
         times = {name: [] for name in loops}
         for repeat in range(given.repeats + 1):
             for name in loops:  # a fresh LoRA each, all on the same noise
                 trainer = build(name)
                 found = seconds(trainer, repeat)
-                if repeat: times[name].append(found)  # the first round warms up
+                if repeat:
+                    times[name].append(found)  # the first round warms up
     for name, found in times.items():
         row = {part: statistics.median(entry[part] for entry in found) for part in found[0]}
-        ratios = [entry["epoch"]/ours["epoch"] for entry, ours in zip(found, times["ours"])]
-        print(f"{name:<27}" + "".join(f"{part}: {value:6.2f} s   " for part, value in row.items()) + f"ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]", flush=True)
+        ratios = [entry["epoch"] / ours["epoch"] for entry, ours in zip(found, times["ours"])]
+        print(
+            f"{name:<27}"
+            + "".join(f"{part}: {value:6.2f} s   " for part, value in row.items())
+            + f"ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+            flush=True,
+        )
         device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
-        append_jsonl(given.output, {"loop": name, "recipe": config.recipe, "reward": config.reward, "seed": config.seed, "config": {**asdict(config), "output_dir": None, "micro_batch": loops[name][1]},
-                                    "versions": versions(), "machine": {"device": device, "system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-                                    "seconds": row, "ratio": statistics.median(ratios), "ratios": ratios, "gradient_difference": differences[name], "evaluations": []})
+        append_jsonl(
+            given.output,
+            {
+                "loop": name,
+                "recipe": config.recipe,
+                "reward": config.reward,
+                "seed": config.seed,
+                "config": {**asdict(config), "output_dir": None, "micro_batch": loops[name][1]},
+                "versions": versions(),
+                "machine": {
+                    "device": device,
+                    "system": platform.system(),
+                    "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(),
+                },
+                "seconds": row,
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "gradient_difference": differences[name],
+                "evaluations": [],
+            },
+        )
 
 
 if __name__ == "__main__":

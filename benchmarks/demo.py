@@ -27,20 +27,39 @@ def run(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         command = ["tiny", "--seed", str(seed), "--output_dir", f"{folder}/run"]
-        subprocess.run([sys.executable, "-c", "from sdpo_nb.cli import train_command; train_command()", *command], check=True)
+        subprocess.run(
+            [sys.executable, "-c", "from sdpo_nb.cli import train_command; train_command()", *command], check=True
+        )
         seconds = time.perf_counter() - started
         metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
         evaluation = read_json(f"{folder}/run/evaluation.json")
     config = asdict(resolve(preset_config("tiny", seed=seed)))
     counts = {name: metrics[-1][name] for name in ("samples", "reward_queries", "optimizer_steps")}
     evaluations = [
-        {"sampler": sampler, "when": when, **(dict.fromkeys(counts, 0) if when == "before" else counts), "steps": table["steps"],
-         "mean": table[when]["mean"], "std": table[when]["std"], "n": table["n"]}
-        for sampler, table in (("ddim", evaluation), ("own", evaluation["own_scheduler"])) for when in ("before", "after")
+        {
+            "sampler": sampler,
+            "when": when,
+            **(dict.fromkeys(counts, 0) if when == "before" else counts),
+            "steps": table["steps"],
+            "mean": table[when]["mean"],
+            "std": table[when]["std"],
+            "n": table["n"],
+        }
+        for sampler, table in (("ddim", evaluation), ("own", evaluation["own_scheduler"]))
+        for when in ("before", "after")
     ]
-    return {"recipe": config["recipe"], "reward": config["reward"], "seed": seed, "config": config, "versions": versions(),
-            "machine": {"processor": platform.machine(), "system": platform.system()}, "seconds": round(seconds, 1),
-            "metrics": metrics, "evaluation": evaluation, "evaluations": evaluations}
+    return {
+        "recipe": config["recipe"],
+        "reward": config["reward"],
+        "seed": seed,
+        "config": config,
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "seconds": round(seconds, 1),
+        "metrics": metrics,
+        "evaluation": evaluation,
+        "evaluations": evaluations,
+    }
 
 
 def main():
@@ -51,7 +70,9 @@ def main():
         if not path.is_file():
             write_json(path, run(seed))
         found = read_json(path)
-        gains = " ".join(f"{g:+.2f}±{e:.2f}" for g, e in zip(found["evaluation"]["gain"]["mean"], found["evaluation"]["gain"]["se"]))
+        gains = " ".join(
+            f"{g:+.2f}±{e:.2f}" for g, e in zip(found["evaluation"]["gain"]["mean"], found["evaluation"]["gain"]["se"])
+        )
         print(f"seed {seed}: {found['seconds']:.0f} s, paired gain at {found['evaluation']['steps']} steps: {gains}")
 
 

@@ -20,8 +20,16 @@ import torch
 
 from sdpo_nb.advantages import discounted_returns, rows_by_prompt
 from sdpo_nb.config import preset_config, prompt_lists
-from sdpo_nb.dense import (latent_similarities, nearest_weights, query_indices, rank_correlation, select_anchor, step_similarities,
-                           time_weights, weighted_rewards)
+from sdpo_nb.dense import (
+    latent_similarities,
+    nearest_weights,
+    query_indices,
+    rank_correlation,
+    select_anchor,
+    step_similarities,
+    time_weights,
+    weighted_rewards,
+)
 from sdpo_nb.files import append_jsonl, read_jsonl
 from sdpo_nb.mdp import make_ddim, pair_noise, sample_trajectories
 from sdpo_nb.models import Policy, load_policy
@@ -64,7 +72,9 @@ def play(policy: Policy, seed: int, num_steps: int) -> tuple[list, torch.Tensor,
     for chunk in torch.arange(len(prompts)).split(16):
         initial, noises = pair_noise(seed, -1, chunk, num_steps, policy.latent_shape)  # no training has an epoch -1
         condition = policy.embed([prompts[i] for i in chunk]).repeat(2)
-        game = sample_trajectories(lambda x, t: policy.predict(x, t, condition), scheduler, initial.flatten(0, 1), noises.flatten(0, 1))
+        game = sample_trajectories(
+            lambda x, t: policy.predict(x, t, condition), scheduler, initial.flatten(0, 1), noises.flatten(0, 1)
+        )
         latents.append(game.pred_x0.unflatten(0, (2, -1)))
         pictures.append(policy.decode(game.pred_x0.flatten(0, 1)).unflatten(0, (2, len(chunk), num_steps)))
     return prompts, torch.cat(latents, 1), torch.cat(pictures, 1)
@@ -73,7 +83,12 @@ def play(policy: Policy, seed: int, num_steps: int) -> tuple[list, torch.Tensor,
 def queried_steps(where: str, pred_x0: torch.Tensor, seed: int = 0) -> torch.Tensor:
     "Steps to query `[B,Q]`, first, anchors…, last"
     B, T = pred_x0.shape[:2]
-    fixed = {"last": [T - 1], "ends": [0, T - 1], "middle": [0, T // 2, T - 1], "even, 5": [0, *((T - 1) * q // 4 for q in (1, 2, 3)), T - 1]}
+    fixed = {
+        "last": [T - 1],
+        "ends": [0, T - 1],
+        "middle": [0, T // 2, T - 1],
+        "even, 5": [0, *((T - 1) * q // 4 for q in (1, 2, 3)), T - 1],
+    }
     if where in fixed:
         return torch.tensor(fixed[where]).expand(B, -1)
     among, _, queries = where.partition(", ")
@@ -91,7 +106,9 @@ def fill(how: str, pred_x0: torch.Tensor, indices: torch.Tensor, true: torch.Ten
         weights = step_similarities(pred_x0, indices)
         if how == "nearest in similarity":
             weights = nearest_weights(weights)
-        elif how == "inverse distance":  # without a knob to turn: 1 - cosine is half the squared distance of the normalised latents
+        elif (
+            how == "inverse distance"
+        ):  # without a knob to turn: 1 - cosine is half the squared distance of the normalised latents
             weights = 1 / (1 - weights).clamp(min=1e-6)
     return weighted_rewards(weights, indices, true.gather(1, indices))
 
@@ -119,13 +136,17 @@ def compare(predicted: torch.Tensor, true: torch.Tensor) -> dict:
     centred = centred - centred.mean(-1, keepdim=True)
     returns = [discounted_returns(values.flatten(0, 1), gamma).view_as(values) for values in (predicted, true)]
     last = true.shape[-1] - 1  # the return of the last step is the last reward, which every rule knows
-    return {"error": rounded((predicted - true).square().mean((0, 1)).sqrt()),
-            "error_centred": rounded(centred.square().mean((0, 2)).sqrt()),  # minus the mean of prompt and step, as advantages are
-            "rank": rounded(agreement(*(values.flatten(0, 1).T for values in (predicted, true)))),
-            "rank_prompt": rounded(agreement(*map(within_prompt, (predicted, true))).nanmean(0)),
-            "rank_pair": rounded(agreement(*map(within_pair, (predicted, true)))),
-            "return_prompt": rounded(agreement(*map(within_prompt, returns))[:, :last].nanmean()),
-            "return_pair": rounded(agreement(*map(within_pair, returns))[:last].nanmean())}
+    return {
+        "error": rounded((predicted - true).square().mean((0, 1)).sqrt()),
+        "error_centred": rounded(
+            centred.square().mean((0, 2)).sqrt()
+        ),  # minus the mean of prompt and step, as advantages are
+        "rank": rounded(agreement(*(values.flatten(0, 1).T for values in (predicted, true)))),
+        "rank_prompt": rounded(agreement(*map(within_prompt, (predicted, true))).nanmean(0)),
+        "rank_pair": rounded(agreement(*map(within_pair, (predicted, true)))),
+        "return_prompt": rounded(agreement(*map(within_prompt, returns))[:, :last].nanmean()),
+        "return_pair": rounded(agreement(*map(within_pair, returns))[:last].nanmean()),
+    }
 
 
 def assumption(pred_x0: torch.Tensor, true: torch.Tensor, prompts: list) -> dict:
@@ -135,9 +156,13 @@ def assumption(pred_x0: torch.Tensor, true: torch.Tensor, prompts: list) -> dict
     unlike = 1 - step_similarities(pred_x0, every)[:, one, other]  # `[B, pairs of steps]`
     apart = (true[:, one] - true[:, other]).abs()
     groups = torch.tensor(list(rows_by_prompt(prompts).values()))
-    return {"along_similarity": rounded(rank_correlation(unlike, apart).nanmean()),
-            "along_time": rounded(rank_correlation((other - one).expand_as(apart).float(), apart).nanmean()),
-            "same_steps": rounded(rank_correlation(unlike[groups].transpose(1, 2), apart[groups].transpose(1, 2)).nanmean())}
+    return {
+        "along_similarity": rounded(rank_correlation(unlike, apart).nanmean()),
+        "along_time": rounded(rank_correlation((other - one).expand_as(apart).float(), apart).nanmean()),
+        "same_steps": rounded(
+            rank_correlation(unlike[groups].transpose(1, 2), apart[groups].transpose(1, 2)).nanmean()
+        ),
+    }
 
 
 def rounded(values: torch.Tensor):
@@ -147,13 +172,24 @@ def rounded(values: torch.Tensor):
 
 def judge(name: str, prompts: list, pred_x0: torch.Tensor, pictures: torch.Tensor, seed: int) -> dict:
     "One reward: what it says itself, whether it follows the latents, and how well each rule predicts it"
-    true = checked(get_reward(name), pictures.flatten(0, 2), [p for p in prompts for _ in range(pred_x0.shape[1])]).view(len(prompts), -1)
+    true = checked(
+        get_reward(name), pictures.flatten(0, 2), [p for p in prompts for _ in range(pred_x0.shape[1])]
+    ).view(len(prompts), -1)
     true[len(prompts) // 2 :, 0] = true[: len(prompts) // 2, 0]  # a pair shares its first promise: one query for both
     by_pair = true.unflatten(0, (2, -1))
-    predicted = {where: {how: compare(fill(how, pred_x0, queried_steps(where, pred_x0, seed), true).view_as(by_pair), by_pair) for how in ways}
-                 for where, ways in rules.items()}
-    return {"mean": rounded(true.mean(0)), "spread": rounded(within_prompt(by_pair).var(-1).mean(0).sqrt()),
-            "assumption": assumption(pred_x0, true, prompts), "predicted": predicted}
+    predicted = {
+        where: {
+            how: compare(fill(how, pred_x0, queried_steps(where, pred_x0, seed), true).view_as(by_pair), by_pair)
+            for how in ways
+        }
+        for where, ways in rules.items()
+    }
+    return {
+        "mean": rounded(true.mean(0)),
+        "spread": rounded(within_prompt(by_pair).var(-1).mean(0).sqrt()),
+        "assumption": assumption(pred_x0, true, prompts),
+        "predicted": predicted,
+    }
 
 
 def run(kind: str, seed: int, num_steps: int) -> dict:
@@ -163,12 +199,30 @@ def run(kind: str, seed: int, num_steps: int) -> dict:
     prompts, pred_x0, pictures = play(policy, seed, num_steps)
     pred_x0, prompts = pred_x0.flatten(0, 1), prompts * 2
     anchor = select_anchor(pred_x0)
-    config = {"policy": "tiny", "prompts": "shapes", "num_steps": num_steps, "eta": 1.0, "gamma": gamma, "pairs_per_prompt": pairs_per_prompt, "training": training}
-    return {"group": "dense_rewards", "policy": kind, "seed": seed, "num_steps": num_steps, "config": config, "versions": versions(),
-            "machine": {"processor": platform.machine(), "system": platform.system()}, "samples": len(prompts),
-            "queries": {where: queried_steps(where, pred_x0).shape[1] for where in rules},
-            "anchors": anchor.bincount(minlength=num_steps).tolist(), "least_divisor": rounded(sum(latent_similarities(pred_x0, anchor)).min()),
-            "rewards": {name: judge(name, prompts, pred_x0, pictures, seed) for name in rewards}, "seconds": round(time.perf_counter() - started, 1)}
+    config = {
+        "policy": "tiny",
+        "prompts": "shapes",
+        "num_steps": num_steps,
+        "eta": 1.0,
+        "gamma": gamma,
+        "pairs_per_prompt": pairs_per_prompt,
+        "training": training,
+    }
+    return {
+        "group": "dense_rewards",
+        "policy": kind,
+        "seed": seed,
+        "num_steps": num_steps,
+        "config": config,
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "samples": len(prompts),
+        "queries": {where: queried_steps(where, pred_x0).shape[1] for where in rules},
+        "anchors": anchor.bincount(minlength=num_steps).tolist(),
+        "least_divisor": rounded(sum(latent_similarities(pred_x0, anchor)).min()),
+        "rewards": {name: judge(name, prompts, pred_x0, pictures, seed) for name in rewards},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def main():
@@ -178,7 +232,10 @@ def main():
     asked = parser.parse_args()
     for seed in asked.seeds:
         for kind, num_steps in (case.split(",") for case in asked.cases):
-            done = {(line["policy"], line["seed"], line["num_steps"]) for line in (read_jsonl(results) if results.is_file() else [])}
+            done = {
+                (line["policy"], line["seed"], line["num_steps"])
+                for line in (read_jsonl(results) if results.is_file() else [])
+            }
             if (kind, seed, int(num_steps)) not in done:
                 append_jsonl(results, run(kind, seed, int(num_steps)))
             print(f"seed {seed}, {kind} policy, {num_steps} steps: done", flush=True)

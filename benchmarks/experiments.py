@@ -44,12 +44,24 @@ curve_steps, all_steps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 50)
 search_steps, search_seed = (1, 4, 16), 201
 evaluation_seed, pairs = 1000, 48
 # The captions that the shipped model follows worst, `hardest_captions()`: the twelve balanced ones it follows so well that no method improved them.
-hardest = ("a green star on a white background", "a green star on a black background", "a cyan square on a black background",
-           "a blue star on a white background", "a yellow star on a white background", "a red star on a gray background",
-           "a cyan star on a black background", "a cyan triangle on a brown background", "a blue star on a brown background",
-           "a green star on a gray background", "a magenta star on a black background", "a yellow star on a gray background")
+hardest = (
+    "a green star on a white background",
+    "a green star on a black background",
+    "a cyan square on a black background",
+    "a blue star on a white background",
+    "a yellow star on a white background",
+    "a red star on a gray background",
+    "a cyan star on a black background",
+    "a cyan triangle on a brown background",
+    "a blue star on a brown background",
+    "a green star on a gray background",
+    "a magenta star on a black background",
+    "a yellow star on a gray background",
+)
 trained_prompts = {quality: prompt_lists["shapes"], alignment: hardest}
-unseen_prompts = {reward: [c for c in all_captions() if c not in trained][::7][:24] for reward, trained in trained_prompts.items()}
+unseen_prompts = {
+    reward: [c for c in all_captions() if c not in trained][::7][:24] for reward, trained in trained_prompts.items()
+}
 open_prompts = ("", "a circle", "a square", "a star")
 
 # What SDPO does about the steps of a trajectory, which can be given to any other method as well.
@@ -59,13 +71,14 @@ shuffled = dict(order="step_shuffled", **even_steps)
 
 def tree(candidates) -> dict:
     "SPO's sampling for at most 32 trajectories an epoch; with three ordinary steps of ten a tree costs 0.8, 0.7, 0.65 of what it is counted as (k = 2, 4, 8)"
-    trees = 32//candidates
+    trees = 32 // candidates
     return dict(candidates=candidates, pairs_per_epoch=trees, pairs_per_update=min(trees, 8))
 
 
 @dataclass(frozen=True)
 class Method:
     "An entry of the race: a recipe, what is changed in it, and the clips that the search may try"
+
     recipe: str
     changes: dict = field(default_factory=dict)
     clips: tuple = ()  # none where every epoch makes a single update from fresh samples: its log-ratios are 0 and no clip can act
@@ -77,11 +90,11 @@ methods = {
     "SDPO, step-accumulated": Method("sdpo", {"order": "step_accumulated"}),
     "DDPO": Method("ddpo"),
     "DDPO, step-shuffled": Method("ddpo", shuffled, (1e-3, 2e-2)),
-    "D3PO": Method("d3po", {}, (.02, .4)),
-    "D3PO, step-shuffled": Method("d3po", shuffled, (.02, .4)),
+    "D3PO": Method("d3po", {}, (0.02, 0.4)),
+    "D3PO, step-shuffled": Method("d3po", shuffled, (0.02, 0.4)),
     "PRDP/REBEL": Method("rebel"),
     "PRDP/REBEL, 8 updates": Method("rebel", dict(pairs_per_update=2, **even_steps), (5e-3, 2e-2)),
-    "SPO": Method("spo", tree(2), (.05, .2)),
+    "SPO": Method("spo", tree(2), (0.05, 0.2)),
 }
 race = [name for name in methods if name != "SDPO, step-accumulated"]
 # The same at one and two steps, each for as many epochs as 1,280 reward queries last.
@@ -104,47 +117,92 @@ methods |= few_step_methods
 @dataclass(frozen=True)
 class Run:
     "One training: where its line goes, and its settings"
+
     group: str
     name: str
     config: TrainConfig
 
     @property
     def key(self):  # what decides the numbers
-        return json.dumps({name: value for name, value in asdict(resolve(self.config)).items() if name not in ("output_dir", "resume")}, sort_keys=True)
+        return json.dumps(
+            {
+                name: value
+                for name, value in asdict(resolve(self.config)).items()
+                if name not in ("output_dir", "resume")
+            },
+            sort_keys=True,
+        )
 
 
 def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
     "Settings of a method, with its searched learning rate and clip unless `changes` says otherwise"
     method = methods[method]
     prompts = "shapes" if reward == quality else list(hardest)
-    if method.recipe == "spo" and reward != quality: changes = {"preference_model": "reward", **changes}  # the shipped judge knows only the other
-    return Run(group, name, method_settings(method.recipe)(**{**dict(recipe=method.recipe, reward=reward, prompts=prompts, seed=seed, epochs=epochs, eval_samples=0, checkpoint_every=epochs),
-                                           **method.changes, **changes}))
+    if method.recipe == "spo" and reward != quality:
+        changes = {"preference_model": "reward", **changes}  # the shipped judge knows only the other
+    return Run(
+        group,
+        name,
+        method_settings(method.recipe)(
+            **{
+                **dict(
+                    recipe=method.recipe,
+                    reward=reward,
+                    prompts=prompts,
+                    seed=seed,
+                    epochs=epochs,
+                    eval_samples=0,
+                    checkpoint_every=epochs,
+                ),
+                **method.changes,
+                **changes,
+            }
+        ),
+    )
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
+
 def plan(config) -> list:
     "What is measured when: (epoch, which prompts, step counts, pairs)"
-    if config.seed == search_seed: return [(config.epochs, "trained", search_steps, 48)]
-    return [*((epoch, "trained", curve_steps, pairs) for epoch in curve_epochs), (config.epochs, "trained", all_steps, pairs),
-            (config.epochs, "unseen", search_steps, 48)]
+    if config.seed == search_seed:
+        return [(config.epochs, "trained", search_steps, 48)]
+    return [
+        *((epoch, "trained", curve_steps, pairs) for epoch in curve_epochs),
+        (config.epochs, "trained", all_steps, pairs),
+        (config.epochs, "unseen", search_steps, 48),
+    ]
 
 
 def measure(policy, which, steps, samples, reward) -> dict:
     "Rewards, agreement, diversity and coverage at these step counts, on fixed pairs of prompt and noise"
     others = {name: get_reward(name) for name in watched}
     prompts = list((trained_prompts if which == "trained" else unseen_prompts)[reward])
-    found = step_generalization(policy, others[reward], prompts, steps=steps, samples=samples, seed=evaluation_seed,
-                                other_rewards={name: other for name, other in others.items() if name != reward})
-    return {"prompts": which, "steps": list(steps), "n": samples, "mean": found.mean.tolist(), "std": found.std.tolist(),
-            "other_rewards": {name: values.mean(1).tolist() for name, values in found.other_rewards.items()},
-            "agreement": found.agreement.tolist(), "diversity": found.diversity.tolist()}
+    found = step_generalization(
+        policy,
+        others[reward],
+        prompts,
+        steps=steps,
+        samples=samples,
+        seed=evaluation_seed,
+        other_rewards={name: other for name, other in others.items() if name != reward},
+    )
+    return {
+        "prompts": which,
+        "steps": list(steps),
+        "n": samples,
+        "mean": found.mean.tolist(),
+        "std": found.std.tolist(),
+        "other_rewards": {name: values.mean(1).tolist() for name, values in found.other_rewards.items()},
+        "agreement": found.agreement.tolist(),
+        "diversity": found.diversity.tolist(),
+    }
 
 
 def measure_coverage(policy) -> dict:
     "The effective number of shapes, colours and backgrounds in pictures of captions that leave them open, at 4 steps"
-    images = {p: policy.sample([p]*24, 4, seeds=list(range(24))) for p in open_prompts}
+    images = {p: policy.sample([p] * 24, 4, seeds=list(range(24))) for p in open_prompts}
     oracle = load_network("oracle")
     named = torch.cat([images[p] for p in open_prompts[1:]])
     of_shapes, of_colors = coverage(oracle, images[""]), coverage(oracle, named)
@@ -154,8 +212,8 @@ def measure_coverage(policy) -> dict:
 def hardest_captions(count=12, pictures=4, steps=8) -> tuple:
     "The captions with the lowest mean alignment before training, of all 180; these pictures are used for nothing else"
     captions = all_captions()
-    images = load_policy("tiny").sample(captions*pictures, steps, seeds=list(range(len(captions)*pictures)))
-    scores = get_reward(alignment)(images, captions*pictures).view(pictures, -1).mean(0)
+    images = load_policy("tiny").sample(captions * pictures, steps, seeds=list(range(len(captions) * pictures)))
+    scores = get_reward(alignment)(images, captions * pictures).view(pictures, -1).mean(0)
     return tuple(captions[index] for index in scores.argsort()[:count])
 
 
@@ -163,19 +221,22 @@ def hardest_captions(count=12, pictures=4, steps=8) -> tuple:
 def base() -> Path:
     "Where measurements of the untrained model are kept between runs: a folder for each state of the shipped model"
     weights = b"".join(path.read_bytes() for path in sorted(assets.rglob("*.safetensors")))
-    return Path(tempfile.gettempdir())/f"sdpo_nb_before_{hashlib.sha256(weights).hexdigest()[:12]}"
+    return Path(tempfile.gettempdir()) / f"sdpo_nb_before_{hashlib.sha256(weights).hexdigest()[:12]}"
 
 
 def measure_before(policy, which, steps, samples, reward) -> dict:
     "The same of the model before training; measured once, then remembered"
-    path = base()/f"{which}_{'_'.join(map(str, steps))}_{samples}_{reward}.json"
-    if not path.is_file(): write_json(path, measure(policy, which, steps, samples, reward))
+    path = base() / f"{which}_{'_'.join(map(str, steps))}_{samples}_{reward}.json"
+    if not path.is_file():
+        write_json(path, measure(policy, which, steps, samples, reward))
     return read_json(path)
 
 
 class Measure(Callback):
     "Measures before training, and after the epochs of the plan"
-    def __init__(self): self.evaluations, self.seconds = [], 0.
+
+    def __init__(self):
+        self.evaluations, self.seconds = [], 0.0
 
     def note(self, trainer, record):
         counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
@@ -185,12 +246,14 @@ class Measure(Callback):
         with trainer.policy.without_lora():
             for request in dict.fromkeys(entry[1:] for entry in plan(trainer.config)):
                 self.note(trainer, measure_before(trainer.policy, *request, trainer.config.reward))
-            if trainer.config.seed != search_seed: self.evaluations[0]["coverage"] = measure_coverage(trainer.policy)
+            if trainer.config.seed != search_seed:
+                self.evaluations[0]["coverage"] = measure_coverage(trainer.policy)
 
     def after_epoch(self, trainer, metrics):
         started = time.perf_counter()
         for epoch, *request in plan(trainer.config):
-            if epoch == metrics["epoch"]: self.note(trainer, measure(trainer.policy, *request, trainer.config.reward))
+            if epoch == metrics["epoch"]:
+                self.note(trainer, measure(trainer.policy, *request, trainer.config.reward))
         if metrics["epoch"] == trainer.config.epochs and trainer.config.seed != search_seed:
             last = next(e for e in self.evaluations if e["epoch"] == metrics["epoch"] and e["prompts"] == "trained")
             last["coverage"] = measure_coverage(trainer.policy)
@@ -199,8 +262,10 @@ class Measure(Callback):
 
 def shorten(value):
     "Six digits are enough for numbers that are drawn and averaged"
-    if isinstance(value, dict): return {name: shorten(item) for name, item in value.items()}
-    if isinstance(value, list): return [shorten(item) for item in value]
+    if isinstance(value, dict):
+        return {name: shorten(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shorten(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -210,21 +275,38 @@ def execute(run: Run) -> dict:
     started, measuring = time.perf_counter(), Measure()
     with tempfile.TemporaryDirectory() as folder:
         config = type(run.config)(**{**asdict(run.config), "output_dir": f"{folder}/run"})
-        trainer = method_trainer(config.recipe)(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
+        trainer = method_trainer(config.recipe)(
+            load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring]
+        )
         trainer.train()
         metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
     config = asdict(resolve(run.config)) | {"output_dir": None}
-    measured = shorten({"seconds": {"all": time.perf_counter() - started, "evaluation": measuring.seconds}, "metrics": metrics,
-                        "evaluations": measuring.evaluations})
-    return {"group": run.group, "name": run.name, "recipe": config["recipe"], "reward": config["reward"], "seed": config["seed"], "config": config,
-            "versions": versions(), "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}, **measured}
+    measured = shorten(
+        {
+            "seconds": {"all": time.perf_counter() - started, "evaluation": measuring.seconds},
+            "metrics": metrics,
+            "evaluations": measuring.evaluations,
+        }
+    )
+    return {
+        "group": run.group,
+        "name": run.name,
+        "recipe": config["recipe"],
+        "reward": config["reward"],
+        "seed": config["seed"],
+        "config": config,
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        **measured,
+    }
 
 
 # --- the groups ----------------------------------------------------------------------------------
 
+
 def lines(group) -> list:
     "What a group has so far"
-    path = results/f"{group}.jsonl"
+    path = results / f"{group}.jsonl"
     return read_jsonl(path) if path.is_file() else []
 
 
@@ -233,7 +315,7 @@ def final_gain(line) -> float:
     trained = [e for e in line["evaluations"] if e["prompts"] == "trained"]
     last = trained[-1]
     before = next(e for e in trained if e["samples"] == 0 and e["steps"] == last["steps"])
-    return sum(a - b for a, b in zip(last["mean"], before["mean"]))/len(last["steps"])
+    return sum(a - b for a, b in zip(last["mean"], before["mean"])) / len(last["steps"])
 
 
 def candidates(name, reward) -> list:
@@ -243,19 +325,28 @@ def candidates(name, reward) -> list:
 
 def search_runs(name, reward) -> list:
     "Four learning rates, for half of the epochs; one beyond the edge if the best lies there; then other clips at the best: six settings at most"
-    half = methods[name].changes.get("epochs", epochs)//2
-    def run(**changes): return make_run("search", name, name, search_seed, reward, epochs=half, checkpoint_every=half, **changes)
-    found = {line["config"]["learning_rate"]: final_gain(line) for line in candidates(name, reward) if line["config"]["clip_range"] == default_clip(name)}
+    half = methods[name].changes.get("epochs", epochs) // 2
+
+    def run(**changes):
+        return make_run("search", name, name, search_seed, reward, epochs=half, checkpoint_every=half, **changes)
+
+    found = {
+        line["config"]["learning_rate"]: final_gain(line)
+        for line in candidates(name, reward)
+        if line["config"]["clip_range"] == default_clip(name)
+    }
     rates = [3e-4, 1e-3, 3e-3, 1e-2]
     runs = [run(learning_rate=rate) for rate in rates]
-    if not all(rate in found for rate in rates): return runs
+    if not all(rate in found for rate in rates):
+        return runs
     best = max(rates, key=found.get)
     if best in (rates[0], rates[-1]):
         best_and_beyond = 3e-2 if best == rates[-1] else 1e-4
         runs.append(run(learning_rate=best_and_beyond))
-        if best_and_beyond not in found: return runs
+        if best_and_beyond not in found:
+            return runs
         best = max((best, best_and_beyond), key=found.get)
-    return runs + [run(learning_rate=best, clip_range=clip) for clip in methods[name].clips][:6 - len(runs)]
+    return runs + [run(learning_rate=best, clip_range=clip) for clip in methods[name].clips][: 6 - len(runs)]
 
 
 def default_clip(name) -> float:
@@ -266,85 +357,173 @@ def default_clip(name) -> float:
 def searched(name, reward=quality) -> dict:
     "The best setting that the search found for a method and a reward. Raises SystemExit where it has not run"
     tried = candidates(name, reward)
-    if not tried: raise SystemExit(f"{name} has not been searched for {reward}; run the group 'search' first.")
+    if not tried:
+        raise SystemExit(f"{name} has not been searched for {reward}; run the group 'search' first.")
     best = max(tried, key=final_gain)["config"]
     return {"learning_rate": best["learning_rate"], "clip_range": best["clip_range"]}
 
 
 def search(seeds):
-    return [run for reward in (quality, alignment) for name in (methods if reward == quality else race) for run in search_runs(name, reward)]  # grows with what was found
+    return [
+        run
+        for reward in (quality, alignment)
+        for name in (methods if reward == quality else race)
+        for run in search_runs(name, reward)
+    ]  # grows with what was found
 
 
 def order(seeds):
     same = searched("SDPO")
-    return [make_run("order", name, "SDPO", seed, **{**same, **changes}) for seed in seeds[:3] for name, changes in {
-        "shuffled": {}, "accumulated": {"order": "step_accumulated"},
-        "accumulated, own learning rate": {"order": "step_accumulated", **searched("SDPO, step-accumulated")},
-        "accumulated, 2 pairs an update": {"order": "step_accumulated", "pairs_per_update": 2}}.items()]
+    return [
+        make_run("order", name, "SDPO", seed, **{**same, **changes})
+        for seed in seeds[:3]
+        for name, changes in {
+            "shuffled": {},
+            "accumulated": {"order": "step_accumulated"},
+            "accumulated, own learning rate": {"order": "step_accumulated", **searched("SDPO, step-accumulated")},
+            "accumulated, 2 pairs an update": {"order": "step_accumulated", "pairs_per_update": 2},
+        }.items()
+    ]
 
 
 def normalizers(seeds):
-    return [make_run("normalizers", name, "SDPO", seed, normalizer=name, **searched("SDPO"))
-           for seed in seeds[:3] for name in ("step_prompt", "prompt", "batch", "step")]
+    return [
+        make_run("normalizers", name, "SDPO", seed, normalizer=name, **searched("SDPO"))
+        for seed in seeds[:3]
+        for name in ("step_prompt", "prompt", "batch", "step")
+    ]
 
 
 def main_race(seeds):
-    return [make_run("main", name, name, seed, reward, **searched(name, reward)) for seed in seeds for reward in (quality, alignment) for name in race]
+    return [
+        make_run("main", name, name, seed, reward, **searched(name, reward))
+        for seed in seeds
+        for reward in (quality, alignment)
+        for name in race
+    ]
 
 
 def factors(seeds):
     plain = dict(train_last_step=True, log_ratio_scale="none")
     accumulated = {"SDPO": "SDPO, step-accumulated", "DDPO, step-shuffled": "DDPO"}
-    return [make_run("factors", f"{name.split(',')[0]}, {order.replace('_', '-')}, {treatment}", name, seed,
-                    **{**searched(name if order == "step_shuffled" else accumulated[name]), "order": order, **steps})
-           for seed in seeds[:3] for name in accumulated for order in ("step_shuffled", "step_accumulated")
-           for treatment, steps in (("even steps", even_steps), ("steps as they are", plain))]
+    return [
+        make_run(
+            "factors",
+            f"{name.split(',')[0]}, {order.replace('_', '-')}, {treatment}",
+            name,
+            seed,
+            **{**searched(name if order == "step_shuffled" else accumulated[name]), "order": order, **steps},
+        )
+        for seed in seeds[:3]
+        for name in accumulated
+        for order in ("step_shuffled", "step_accumulated")
+        for treatment, steps in (("even steps", even_steps), ("steps as they are", plain))
+    ]
 
 
 def ablations(seeds):
     switches = {
-        "SDPO": {}, "anchor among all": {"anchor": "all"}, "random anchor": {"anchor": "random"}, "no anchor (first and last)": {"queries": "terminal"},
-        "causal credit": {"credit": "causal"}, "gamma 0.9": {"gamma": .9}, "gamma 1": {"gamma": 1.}, "lambda 1 (no weights)": {"step_weight": 1.},
-        "lambda reversed": {"step_weight": 1/.99}, "lambda 0.9": {"step_weight": .9}, "no clip": {"clip_range": 0.}, "last step trained": {"train_last_step": True},
-        "log-ratios unscaled": {"log_ratio_scale": "none"}, "independent initial noise": {"sampling": "independent_pair"},
-        "not divided by std": {"divide_by_std": False}}
-    gain = {"gain credit": {}, "gain credit, all queries": {"queries": "all"}, "gain credit, not divided by std": {"divide_by_std": False}}
-    return [make_run("ablations", name, method, seed, **{**searched(method), **changes}) for seed in seeds[:3]
-           for method, group in (("SDPO", switches), ("SDPO, gain credit", gain)) for name, changes in group.items()]
+        "SDPO": {},
+        "anchor among all": {"anchor": "all"},
+        "random anchor": {"anchor": "random"},
+        "no anchor (first and last)": {"queries": "terminal"},
+        "causal credit": {"credit": "causal"},
+        "gamma 0.9": {"gamma": 0.9},
+        "gamma 1": {"gamma": 1.0},
+        "lambda 1 (no weights)": {"step_weight": 1.0},
+        "lambda reversed": {"step_weight": 1 / 0.99},
+        "lambda 0.9": {"step_weight": 0.9},
+        "no clip": {"clip_range": 0.0},
+        "last step trained": {"train_last_step": True},
+        "log-ratios unscaled": {"log_ratio_scale": "none"},
+        "independent initial noise": {"sampling": "independent_pair"},
+        "not divided by std": {"divide_by_std": False},
+    }
+    gain = {
+        "gain credit": {},
+        "gain credit, all queries": {"queries": "all"},
+        "gain credit, not divided by std": {"divide_by_std": False},
+    }
+    return [
+        make_run("ablations", name, method, seed, **{**searched(method), **changes})
+        for seed in seeds[:3]
+        for method, group in (("SDPO", switches), ("SDPO, gain credit", gain))
+        for name, changes in group.items()
+    ]
 
 
 def steps(seeds):
     same = searched("SDPO")
-    return [*(make_run("steps", f"T={count}", "SDPO", seed, num_steps=count, **same) for count in (10, 4, 2) for seed in seeds[:3]),
-            *(make_run("steps", "T=1, causal credit", "SDPO", seed, num_steps=1, credit="causal", train_last_step=True, **same) for seed in seeds[:3]),
-            *(make_run("steps", "T=50", "SDPO", seed, num_steps=50, **same) for seed in seeds[:3])]
+    return [
+        *(
+            make_run("steps", f"T={count}", "SDPO", seed, num_steps=count, **same)
+            for count in (10, 4, 2)
+            for seed in seeds[:3]
+        ),
+        *(
+            make_run(
+                "steps", "T=1, causal credit", "SDPO", seed, num_steps=1, credit="causal", train_last_step=True, **same
+            )
+            for seed in seeds[:3]
+        ),
+        *(make_run("steps", "T=50", "SDPO", seed, num_steps=50, **same) for seed in seeds[:3]),
+    ]
 
 
 def queries(seeds):
-    return [make_run("queries", f"{count} queries", "SDPO", seed, queries=count, **searched("SDPO")) for seed in seeds[:3] for count in ("terminal", "3", "5", "all")]
+    return [
+        make_run("queries", f"{count} queries", "SDPO", seed, queries=count, **searched("SDPO"))
+        for seed in seeds[:3]
+        for count in ("terminal", "3", "5", "all")
+    ]
 
 
 def few_steps(seeds):
-    return [make_run("few_steps", name, name, seed, **searched(name)) for seed in seeds[:3] for name in few_step_methods]
+    return [
+        make_run("few_steps", name, name, seed, **searched(name)) for seed in seeds[:3] for name in few_step_methods
+    ]
 
 
 untold = "judges/untold"  # made by `python -m sdpo_nb.spo judges` in about five minutes; relative, so run this from the folder that has it
 
 
 def spo(seeds):
-    switches = {"SPO, k=2": {}, "SPO, k=4": tree(4), "SPO, k=8": tree(8), "k=4, from the winner": dict(continue_from="winner", **tree(4)),
-                "k=4, from the loser": dict(continue_from="loser", **tree(4)), "k=4, cheap mode": dict(preference_model="reward", **tree(4)),
-                "k=4, every step branches": dict(divert_start=0, **tree(4)), "k=4, MSPO of 2 steps": dict(segment_steps=2, **tree(4)), "k=4, threshold 0.6": dict(preference_threshold=.6, **tree(4)),
-                "k=2, 5 trees an epoch": dict(pairs_per_epoch=5, pairs_per_update=5),  # as many questions in all as SDPO asks
-                "k=4, judge not told the time": dict(preference_model=untold, **tree(4))}
-    return [make_run("spo", name, "SPO", seed, **{**searched("SPO"), **changes}) for seed in seeds[:3] for name, changes in switches.items()]
+    switches = {
+        "SPO, k=2": {},
+        "SPO, k=4": tree(4),
+        "SPO, k=8": tree(8),
+        "k=4, from the winner": dict(continue_from="winner", **tree(4)),
+        "k=4, from the loser": dict(continue_from="loser", **tree(4)),
+        "k=4, cheap mode": dict(preference_model="reward", **tree(4)),
+        "k=4, every step branches": dict(divert_start=0, **tree(4)),
+        "k=4, MSPO of 2 steps": dict(segment_steps=2, **tree(4)),
+        "k=4, threshold 0.6": dict(preference_threshold=0.6, **tree(4)),
+        "k=2, 5 trees an epoch": dict(pairs_per_epoch=5, pairs_per_update=5),  # as many questions in all as SDPO asks
+        "k=4, judge not told the time": dict(preference_model=untold, **tree(4)),
+    }
+    return [
+        make_run("spo", name, "SPO", seed, **{**searched("SPO"), **changes})
+        for seed in seeds[:3]
+        for name, changes in switches.items()
+    ]
 
 
-groups = {"search": search, "order": order, "normalizers": normalizers, "main": main_race, "factors": factors, "queries": queries, "ablations": ablations,
-          "steps": steps, "spo": spo, "few_steps": few_steps}
+groups = {
+    "search": search,
+    "order": order,
+    "normalizers": normalizers,
+    "main": main_race,
+    "factors": factors,
+    "queries": queries,
+    "ablations": ablations,
+    "steps": steps,
+    "spo": spo,
+    "few_steps": few_steps,
+}
 
 
 # --- running -------------------------------------------------------------------------------------
+
 
 def known_lines() -> dict:
     "Every run of every group by what decides its numbers"
@@ -352,7 +531,10 @@ def known_lines() -> dict:
     for group in groups:
         for line in lines(group):
             settings = {**defaults, **line["config"]}  # a run that is older than a setting had its default
-            key = json.dumps({name: value for name, value in settings.items() if name not in ("output_dir", "resume")}, sort_keys=True)
+            key = json.dumps(
+                {name: value for name, value in settings.items() if name not in ("output_dir", "resume")},
+                sort_keys=True,
+            )
             found.setdefault(key, {})[group, line["name"]] = line
     return found
 
@@ -367,8 +549,13 @@ def copy_lines(runs) -> list:
     "What another group has trained already is copied; the rest is returned, each training once"
     known, left = known_lines(), {}
     for run in missing(runs):
-        if run.key in known: append_jsonl(results/f"{run.group}.jsonl", {**next(iter(known[run.key].values())), "group": run.group, "name": run.name})
-        else: left.setdefault(run.key, run)
+        if run.key in known:
+            append_jsonl(
+                results / f"{run.group}.jsonl",
+                {**next(iter(known[run.key].values())), "group": run.group, "name": run.name},
+            )
+        else:
+            left.setdefault(run.key, run)
     return list(left.values())
 
 
@@ -379,18 +566,28 @@ def work(runs, workers):
         jobs = {pool.submit(execute, run): run for run in left}
         for number, job in enumerate(as_completed(jobs), 1):
             line, run = job.result(), jobs[job]
-            append_jsonl(results/f"{run.group}.jsonl", line)
-            print(f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, learning rate {line['config']['learning_rate']:g}, "
-                  f"clip {line['config']['clip_range']:g}: gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s", flush=True)
+            append_jsonl(results / f"{run.group}.jsonl", line)
+            print(
+                f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, learning rate {line['config']['learning_rate']:g}, "
+                f"clip {line['config']['clip_range']:g}: gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s",
+                flush=True,
+            )
     copy_lines(runs)
 
 
 def check(names, seeds) -> str:
     "What is missing, in words; None where nothing is"
     left = {name: missing(groups[name](seeds)) for name in names}
-    for name, runs in left.items(): print(f"{name}: {len(lines(name))} runs" + (f", {len(runs)} missing" if runs else ""))
-    return "; ".join(f"{name} lacks {', '.join(f'{run.name} ({run.config.reward}, seed {run.config.seed})' for run in runs)}"
-                     for name, runs in left.items() if runs) or None
+    for name, runs in left.items():
+        print(f"{name}: {len(lines(name))} runs" + (f", {len(runs)} missing" if runs else ""))
+    return (
+        "; ".join(
+            f"{name} lacks {', '.join(f'{run.name} ({run.config.reward}, seed {run.config.seed})' for run in runs)}"
+            for name, runs in left.items()
+            if runs
+        )
+        or None
+    )
 
 
 def main():
@@ -401,10 +598,13 @@ def main():
     parser.add_argument("--check", action="store_true", help="train nothing; fail if a run of these groups is missing")
     given = parser.parse_args()
     for name in given.groups:
-        if name not in groups: parser.error(f"GROUP is {name!r}; choose among {', '.join(groups)}")
-    if given.check: raise SystemExit(check(given.groups or groups, given.seeds))
+        if name not in groups:
+            parser.error(f"GROUP is {name!r}; choose among {', '.join(groups)}")
+    if given.check:
+        raise SystemExit(check(given.groups or groups, given.seeds))
     for name in given.groups or groups:
-        while missing(runs := groups[name](given.seeds)): work(runs, given.workers)
+        while missing(runs := groups[name](given.seeds)):
+            work(runs, given.workers)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,22 @@ from sdpo_nb.files import append_jsonl
 from sdpo_nb.models import load_policy, precisions
 from sdpo_nb.trainer import versions
 
-hub_ids = {"sd_turbo": "stabilityai/sd-turbo", "sdxl_turbo": "stabilityai/sdxl-turbo", "lcm": "SimianLuo/LCM_Dreamshaper_v7"}
-own = {"spo": dict(preference_model="reward", preference_threshold=1e-9), "lasro": dict(pretrain_prompts=1, pretrain_steps=1, surrogate_steps=1, generator_steps=1)}  # settings of methods with their own
+hub_ids = {
+    "sd_turbo": "stabilityai/sd-turbo",
+    "sdxl_turbo": "stabilityai/sdxl-turbo",
+    "lcm": "SimianLuo/LCM_Dreamshaper_v7",
+}
+own = {
+    "spo": dict(preference_model="reward", preference_threshold=1e-9),
+    "lasro": dict(pretrain_prompts=1, pretrain_steps=1, surrogate_steps=1, generator_steps=1),
+}  # settings of methods with their own
 
 
 def peak_memory() -> float:
     "Gigabytes so far: of the GPU, or of this process"
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def epoch(kind, folder, recipe, precision, micro_batch, checkpointing) -> dict:
@@ -48,27 +56,55 @@ def epoch(kind, folder, recipe, precision, micro_batch, checkpointing) -> dict:
     policy = load_policy(folder, precision=precision)
     loaded = peak_memory()
     with tempfile.TemporaryDirectory() as output:
-        settings = dict(policy=str(folder), recipe=recipe, reward="jpeg_compressibility", prompts="animals", num_steps=2, pairs_per_epoch=micro_batch, pairs_per_update=micro_batch,
-                        micro_batch=micro_batch, precision=precision, gradient_checkpointing=checkpointing, buffer_size=2*micro_batch, min_count=1, output_dir=f"{output}/run")
-        if recipe == "lasro": settings.update(generator_batch=2*micro_batch)
+        settings = dict(
+            policy=str(folder),
+            recipe=recipe,
+            reward="jpeg_compressibility",
+            prompts="animals",
+            num_steps=2,
+            pairs_per_epoch=micro_batch,
+            pairs_per_update=micro_batch,
+            micro_batch=micro_batch,
+            precision=precision,
+            gradient_checkpointing=checkpointing,
+            buffer_size=2 * micro_batch,
+            min_count=1,
+            output_dir=f"{output}/run",
+        )
+        if recipe == "lasro":
+            settings.update(generator_batch=2 * micro_batch)
         config = resolve(method_settings(recipe)(**settings, **own.get(recipe, {})))
         trainer = method_trainer(recipe)(policy, config.reward, config.prompts, config, callbacks=[])
         metrics = trainer.train_epoch()
-    estimate = memory_estimate(replace(config, policy=hub_ids[kind])).get("in all, estimated") if policy.unet.config.block_out_channels[0] == full_width else None
-    return dict(gb=peak_memory() - before, gb_loading=loaded - before, gb_before=before, gb_estimated=estimate,
-                seconds={name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")},
-                log_ratio_before_update=metrics.get("log_ratio/max_before_update"), loss=metrics["loss"], skipped=metrics["skipped_updates"])
+    estimate = (
+        memory_estimate(replace(config, policy=hub_ids[kind])).get("in all, estimated")
+        if policy.unet.config.block_out_channels[0] == full_width
+        else None
+    )
+    return dict(
+        gb=peak_memory() - before,
+        gb_loading=loaded - before,
+        gb_before=before,
+        gb_estimated=estimate,
+        seconds={
+            name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")
+        },
+        log_ratio_before_update=metrics.get("log_ratio/max_before_update"),
+        loss=metrics["loss"],
+        skipped=metrics["skipped_updates"],
+    )
 
 
 def row(given, kind, **what) -> dict:
     "By a process of its own, so that its peak is its own"
-    folder = given.folder/f"{kind}_{given.width}_{given.image_size}"
+    folder = given.folder / f"{kind}_{given.width}_{given.image_size}"
     call = f"import json, sys; from full_width import epoch, make; make({kind!r}, {str(folder)!r}, {given.width}, {given.image_size})"
     subprocess.run([sys.executable, "-c", call], check=True, cwd=Path(__file__).parent)
     call = f"import json, sys; from full_width import epoch; json.dump(epoch({kind!r}, {str(folder)!r}, **{what!r}), open(sys.argv[1], 'w'))"
     with tempfile.TemporaryDirectory() as output:
         done = subprocess.run([sys.executable, "-c", call, f"{output}/row.json"], cwd=Path(__file__).parent)
-        if done.returncode: return dict(failed=done.returncode)  # out of memory, for one
+        if done.returncode:
+            return dict(failed=done.returncode)  # out of memory, for one
         return json.loads(Path(output, "row.json").read_text())
 
 
@@ -82,17 +118,35 @@ def main():
     parser.add_argument("--checkpointing", nargs="+", default=["no", "yes"], choices=["no", "yes"])
     parser.add_argument("--width", type=int, default=full_width)
     parser.add_argument("--image_size", type=int, default=512)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"full_width.jsonl")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "full_width.jsonl")
     given = parser.parse_args()
     given.folder = given.folder.absolute()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    print(f"{'model':<12}{'recipe':<16}{'precision':<10}{'pairs':>6}{'checkpointing':>15}{'GB':>7}{'estimated':>11}   seconds")
-    for kind, recipe, precision, micro_batch, checkpointing in itertools.product(given.kinds, given.recipes, given.precision, given.micro_batch, given.checkpointing):
+    print(
+        f"{'model':<12}{'recipe':<16}{'precision':<10}{'pairs':>6}{'checkpointing':>15}{'GB':>7}{'estimated':>11}   seconds"
+    )
+    for kind, recipe, precision, micro_batch, checkpointing in itertools.product(
+        given.kinds, given.recipes, given.precision, given.micro_batch, given.checkpointing
+    ):
         what = dict(recipe=recipe, precision=precision, micro_batch=micro_batch, checkpointing=checkpointing == "yes")
         found = row(given, kind, **what)
         numbers = [f"{found[name]:.1f}" if found.get(name) is not None else "?" for name in ("gb", "gb_estimated")]
-        print(f"{kind:<12}{recipe:<16}{precision:<10}{micro_batch:>6}{checkpointing:>15}{numbers[0]:>7}{numbers[1]:>11}   {found.get('seconds', found)}", flush=True)
-        append_jsonl(given.output, dict(kind=kind, width=given.width, image_size=given.image_size, **what, **found, machine=dict(device=device, cores=os.cpu_count(), threads=torch.get_num_threads()), versions=versions()))
+        print(
+            f"{kind:<12}{recipe:<16}{precision:<10}{micro_batch:>6}{checkpointing:>15}{numbers[0]:>7}{numbers[1]:>11}   {found.get('seconds', found)}",
+            flush=True,
+        )
+        append_jsonl(
+            given.output,
+            dict(
+                kind=kind,
+                width=given.width,
+                image_size=given.image_size,
+                **what,
+                **found,
+                machine=dict(device=device, cores=os.cpu_count(), threads=torch.get_num_threads()),
+                versions=versions(),
+            ),
+        )
 
 
 if __name__ == "__main__":

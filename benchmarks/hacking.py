@@ -33,7 +33,9 @@ variants = {  # name -> what differs from the preset
     "mixture": {"reward": "0.3*shapes_aesthetic+0.7*shapes_alignment", "learning_rate": 3e-3},
     "divergence": {"reward": "shapes_aesthetic", "learning_rate": 3e-3, "kl_coefficient": 0.3},
 }
-held_out = [caption for caption in all_captions() if caption not in balanced][::7]  # 24 of the captions that are not trained on
+held_out = [caption for caption in all_captions() if caption not in balanced][
+    ::7
+]  # 24 of the captions that are not trained on
 
 
 class HeldOut(Callback):
@@ -44,24 +46,41 @@ class HeldOut(Callback):
         self.others = {name: get_reward(name) for name in ("shapes_aesthetic", "shapes_alignment")}
 
     def evaluate(self, trainer):
-        found = step_generalization(trainer.policy, trainer.reward, held_out, steps=(1, 4, 10), samples=96, seed=2000, other_rewards=self.others)
+        found = step_generalization(
+            trainer.policy, trainer.reward, held_out, steps=(1, 4, 10), samples=96, seed=2000, other_rewards=self.others
+        )
         counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
-        self.evaluations.append({**counts, "steps": found.steps, "n": len(found.prompts), "mean": found.mean.tolist(), "std": found.std.tolist(),
-                                 "agreement": found.agreement.tolist(), "diversity": found.diversity.tolist(),
-                                 "attributes": {name: right.nanmean(1).tolist() for name, right in found.correct.items()},
-                                 "other_rewards": {name: rewards.mean(1).tolist() for name, rewards in found.other_rewards.items()}})
+        self.evaluations.append(
+            {
+                **counts,
+                "steps": found.steps,
+                "n": len(found.prompts),
+                "mean": found.mean.tolist(),
+                "std": found.std.tolist(),
+                "agreement": found.agreement.tolist(),
+                "diversity": found.diversity.tolist(),
+                "attributes": {name: right.nanmean(1).tolist() for name, right in found.correct.items()},
+                "other_rewards": {name: rewards.mean(1).tolist() for name, rewards in found.other_rewards.items()},
+            }
+        )
         self.captions = found.image_prompts[::2]
         self.pictures.append(torch.cat(list(found.images[-1, ::2]), 1))  # at ten steps, as trained
 
-    def before_train(self, trainer): self.evaluate(trainer)
+    def before_train(self, trainer):
+        self.evaluate(trainer)
 
     def after_epoch(self, trainer, metrics):
-        if metrics["epoch"] % self.every == 0: self.evaluate(trainer)
+        if metrics["epoch"] % self.every == 0:
+            self.evaluate(trainer)
 
     def sheet(self) -> dict:  # a row a caption, a column an evaluation, no gaps
-        pixels = (torch.cat(self.pictures, 2)*255).round().byte().permute(1, 2, 0).numpy()
+        pixels = (torch.cat(self.pictures, 2) * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(buffer := BytesIO(), "JPEG", quality=90, subsampling=0)
-        return {"captions": self.captions, "epochs": [found["epoch"] for found in self.evaluations], "jpeg": base64.b64encode(buffer.getvalue()).decode()}
+        return {
+            "captions": self.captions,
+            "epochs": [found["epoch"] for found in self.evaluations],
+            "jpeg": base64.b64encode(buffer.getvalue()).decode(),
+        }
 
 
 def run(variant: str, seed: int) -> dict:
@@ -73,9 +92,19 @@ def run(variant: str, seed: int) -> dict:
         trainer.train()
         metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
     settings = {**asdict(trainer.config), "output_dir": "runs/tiny"}
-    return {"variant": variant, "recipe": settings["recipe"], "reward": settings["reward"], "seed": seed, "config": settings, "versions": versions(),
-            "machine": {"processor": platform.machine(), "system": platform.system()}, "seconds": round(time.perf_counter() - started, 1),
-            "metrics": metrics, "evaluations": watcher.evaluations, "pictures": watcher.sheet()}
+    return {
+        "variant": variant,
+        "recipe": settings["recipe"],
+        "reward": settings["reward"],
+        "seed": seed,
+        "config": settings,
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "seconds": round(time.perf_counter() - started, 1),
+        "metrics": metrics,
+        "evaluations": watcher.evaluations,
+        "pictures": watcher.sheet(),
+    }
 
 
 def main():
@@ -85,12 +114,23 @@ def main():
     arguments = parser.parse_args()
     for variant in arguments.variants:
         for seed in arguments.seeds:
-            done = {(record["variant"], record["seed"]): record for record in (read_jsonl(results) if results.is_file() else [])}
-            if (variant, seed) not in done: append_jsonl(results, record := run(variant, seed))
-            else: record = done[variant, seed]
+            done = {
+                (record["variant"], record["seed"]): record
+                for record in (read_jsonl(results) if results.is_file() else [])
+            }
+            if (variant, seed) not in done:
+                append_jsonl(results, record := run(variant, seed))
+            else:
+                record = done[variant, seed]
             first, last = record["evaluations"][0], record["evaluations"][-1]
-            print(f"{variant}, seed {seed}: {record['seconds']:.0f} s; at {first['steps'][-1]} steps from epoch 0 to {last['epoch']}, "
-                  + ", ".join(f"{name} {first[name][-1]:.2f} -> {last[name][-1]:.2f}" for name in ("mean", "agreement", "diversity")), flush=True)
+            print(
+                f"{variant}, seed {seed}: {record['seconds']:.0f} s; at {first['steps'][-1]} steps from epoch 0 to {last['epoch']}, "
+                + ", ".join(
+                    f"{name} {first[name][-1]:.2f} -> {last[name][-1]:.2f}"
+                    for name in ("mean", "agreement", "diversity")
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

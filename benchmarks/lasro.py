@@ -36,24 +36,52 @@ defaults = LaSROConfig()
 # 1,272 reward queries: 26*6*2 before the first round and 8*6*2 in each of ten. SDPO asks 1,280 in 16 epochs
 variants = {  # name -> what is changed
     "LaSRO": {},
-    "no online adaptation": {"surrogate_steps": 0},    # nothing learns from the 960 queries of the rounds: they only watch
-    "no anchor": {"anchor_weight": 0.},
-    "three times the learning rate": {"learning_rate": 3*defaults.learning_rate},
-    "only the head learns, ten times as fast": {"surrogate_learns": "head", "surrogate_learning_rate": 10*defaults.surrogate_learning_rate},  # a head alone is slow
+    "no online adaptation": {
+        "surrogate_steps": 0
+    },  # nothing learns from the 960 queries of the rounds: they only watch
+    "no anchor": {"anchor_weight": 0.0},
+    "three times the learning rate": {"learning_rate": 3 * defaults.learning_rate},
+    "only the head learns, ten times as fast": {
+        "surrogate_learns": "head",
+        "surrogate_learning_rate": 10 * defaults.surrogate_learning_rate,
+    },  # a head alone is slow
     "no gradient through the re-noising": {"through_noise": False},
-    "one step": {"num_steps": 1, "pretrain_prompts": 52, "pairs_per_epoch": 16},  # twice the prompts, as each sample is one query instead of two
+    "one step": {
+        "num_steps": 1,
+        "pretrain_prompts": 52,
+        "pairs_per_epoch": 16,
+    },  # twice the prompts, as each sample is one query instead of two
 }
-tuning = {f"learning rate {rate:g}, anchor {weight:g}": {"learning_rate": rate, "anchor_weight": weight}
-          for rate, weight in ((1e-3, 1.5), (3e-3, 1.5), (1e-3, .5), (3e-3, 15.))}
+tuning = {
+    f"learning rate {rate:g}, anchor {weight:g}": {"learning_rate": rate, "anchor_weight": weight}
+    for rate, weight in ((1e-3, 1.5), (3e-3, 1.5), (1e-3, 0.5), (3e-3, 15.0))
+}
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
+
 def measure(policy, prompts) -> dict:
     "Reward, alignment, agreement and diversity at every step count, on fixed pairs of prompt and noise"
-    found = step_generalization(policy, reward, list(prompts), steps=steps if prompts is balanced else steps[:4], samples=48, seed=2000, other_rewards={other: other})
-    return {"prompts": "trained" if prompts is balanced else "unseen", "steps": found.steps, "n": len(found.prompts), "mean": found.mean.tolist(), "std": found.std.tolist(),
-            "agreement": found.agreement.tolist(), "diversity": found.diversity.tolist(), "other_rewards": {other: found.other_rewards[other].mean(1).tolist()}}
+    found = step_generalization(
+        policy,
+        reward,
+        list(prompts),
+        steps=steps if prompts is balanced else steps[:4],
+        samples=48,
+        seed=2000,
+        other_rewards={other: other},
+    )
+    return {
+        "prompts": "trained" if prompts is balanced else "unseen",
+        "steps": found.steps,
+        "n": len(found.prompts),
+        "mean": found.mean.tolist(),
+        "std": found.std.tolist(),
+        "agreement": found.agreement.tolist(),
+        "diversity": found.diversity.tolist(),
+        "other_rewards": {other: found.other_rewards[other].mean(1).tolist()},
+    }
 
 
 @cache
@@ -65,21 +93,35 @@ def measure_before() -> list:
 
 class Measure(Callback):
     "Before the first and after the last round"
-    def __init__(self): self.evaluations = []
+
+    def __init__(self):
+        self.evaluations = []
 
     def note(self, trainer, found):
         counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
         self.evaluations += [{**counts, **record} for record in found]
 
-    def before_train(self, trainer): self.note(trainer, measure_before())
-    def after_train(self, trainer): self.note(trainer, [measure(trainer.policy, prompts) for prompts in (balanced, unseen)])
+    def before_train(self, trainer):
+        self.note(trainer, measure_before())
+
+    def after_train(self, trainer):
+        self.note(trainer, [measure(trainer.policy, prompts) for prompts in (balanced, unseen)])
 
 
 def line(group, name, config, started, **found) -> dict:
     "What every line holds"
-    return {"group": group, "name": name, "recipe": config.recipe, "reward": reward, "seed": config.seed, "config": {**asdict(config), "output_dir": None},
-            "versions": versions(), "machine": {"processor": platform.machine(), "system": platform.system()}, "cpu_seconds": round(time.process_time() - started, 1),
-            **shorten(found)}
+    return {
+        "group": group,
+        "name": name,
+        "recipe": config.recipe,
+        "reward": reward,
+        "seed": config.seed,
+        "config": {**asdict(config), "output_dir": None},
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "cpu_seconds": round(time.process_time() - started, 1),
+        **shorten(found),
+    }
 
 
 def run(group, name, changes, seed) -> dict:
@@ -99,8 +141,20 @@ batches, trajectories = 8, 32
 
 def policy_gradients(recipe, num_steps, seed, **changes) -> tuple:
     "Gradients of independent batches, all trained steps of all trajectories in each; the trainer that made them"
-    if num_steps == 1: changes |= dict(credit="causal", train_last_step=True)   # without these SDPO has no signal at one step, and says so
-    config = TrainConfig(recipe=recipe, reward=reward, num_steps=num_steps, pairs_per_epoch=trajectories//2, order="step_accumulated", eval_samples=0, seed=seed, **changes)
+    if num_steps == 1:
+        changes |= dict(
+            credit="causal", train_last_step=True
+        )  # without these SDPO has no signal at one step, and says so
+    config = TrainConfig(
+        recipe=recipe,
+        reward=reward,
+        num_steps=num_steps,
+        pairs_per_epoch=trajectories // 2,
+        order="step_accumulated",
+        eval_samples=0,
+        seed=seed,
+        **changes,
+    )
     trainer, gradients = Trainer(load_policy("tiny", device="cpu"), reward, "shapes", config, []), []
     for epoch in range(batches):
         rollout = trainer.rollout(epoch)
@@ -112,13 +166,16 @@ def policy_gradients(recipe, num_steps, seed, **changes) -> tuple:
 
 def surrogate_gradients(num_steps, seed) -> tuple:
     "The same of a surrogate that was fitted once"
-    config = LaSROConfig(**{**common, "anchor_weight": 0.}, num_steps=num_steps, generator_batch=trajectories, seed=seed)
+    config = LaSROConfig(
+        **{**common, "anchor_weight": 0.0}, num_steps=num_steps, generator_batch=trajectories, seed=seed
+    )
     trainer, gradients = LaSROTrainer(load_policy("tiny", device="cpu"), reward, "shapes", config, []), []
     trainer.pretrain()
     trainer.scale.update(trainer.surrogate_scores(trainer.before["outputs"], trainer.before["prompts"]), recentre=True)
     trainer.surrogate.learning(False)
-    trainer.optimizer_step = lambda: gradients.append(take_gradient(trainer)) or 0.
-    for number in range(batches): trainer.generator_step(0, number)
+    trainer.optimizer_step = lambda: gradients.append(take_gradient(trainer)) or 0.0
+    for number in range(batches):
+        trainer.generator_step(0, number)
     return torch.stack(gradients), trainer
 
 
@@ -132,30 +189,51 @@ def take_gradient(trainer) -> torch.Tensor:
 def signal_and_noise(gradients) -> tuple:
     "Unbiased squared length of the expected gradient, and mean squared distance of a batch's gradient from it"
     count, total = len(gradients), gradients.square().sum(1)
-    signal = ((gradients.sum(0).square().sum() - total.sum())/(count*(count-1))).item()
+    signal = ((gradients.sum(0).square().sum() - total.sum()) / (count * (count - 1))).item()
     return signal, total.mean().item() - signal
 
 
 @torch.no_grad()
-def reward_of_a_step(trainer, gradient, moved=.1) -> dict:
+def reward_of_a_step(trainer, gradient, moved=0.1) -> dict:
     "The change of reward, by step count, when the weights go against the gradient until one-step outputs have moved by so much (root mean square)"
-    policy, prompts, seeds = trainer.policy, list(balanced)*4, list(range(48))
+    policy, prompts, seeds = trainer.policy, list(balanced) * 4, list(range(48))
     start = [parameter.clone() for parameter in trainer.parameters]
-    def outputs(count): return policy.sample(prompts, count, seeds=seeds, return_latents=True)
+
+    def outputs(count):
+        return policy.sample(prompts, count, seeds=seeds, return_latents=True)
+
     def go(length):
         parts = gradient.split([parameter.numel() for parameter in trainer.parameters])
-        for parameter, origin, part in zip(trainer.parameters, start, parts): parameter.copy_(origin - length*part.view_as(parameter)/gradient.norm())
-    def rewards(): return {count: trainer.score_latents(outputs(count), prompts) for count in (1, 2)}
+        for parameter, origin, part in zip(trainer.parameters, start, parts):
+            parameter.copy_(origin - length * part.view_as(parameter) / gradient.norm())
+
+    def rewards():
+        return {count: trainer.score_latents(outputs(count), prompts) for count in (1, 2)}
+
     before, first = rewards(), outputs(1)
-    go(length := .01)
-    for _ in range(3): go(length := length*moved/(outputs(1) - first).square().mean().sqrt().item())
+    go(length := 0.01)
+    for _ in range(3):
+        go(length := length * moved / (outputs(1) - first).square().mean().sqrt().item())
     change = {count: after - before[count] for count, after in rewards().items()}
-    return {"steps": [1, 2], "mean": [change[count].mean().item() for count in (1, 2)], "standard_error": [(change[count].std()/len(prompts)**.5).item() for count in (1, 2)]}
+    return {
+        "steps": [1, 2],
+        "mean": [change[count].mean().item() for count in (1, 2)],
+        "standard_error": [(change[count].std() / len(prompts) ** 0.5).item() for count in (1, 2)],
+    }
 
 
-apart = {"sampling": "independent_pair"}   # the two of a pair begin with noise of their own; all else as SDPO
-methods = {f"{label}, T={count}": (recipe, count, changes) for label, recipe, changes in (("SDPO", "sdpo", {}), ("SDPO unpaired", "sdpo", apart), ("DDPO", "ddpo", {}), ("surrogate", None, {}))
-           for count in (10, 2, 1) if recipe or count <= 2}
+apart = {"sampling": "independent_pair"}  # the two of a pair begin with noise of their own; all else as SDPO
+methods = {
+    f"{label}, T={count}": (recipe, count, changes)
+    for label, recipe, changes in (
+        ("SDPO", "sdpo", {}),
+        ("SDPO unpaired", "sdpo", apart),
+        ("DDPO", "ddpo", {}),
+        ("surrogate", None, {}),
+    )
+    for count in (10, 2, 1)
+    if recipe or count <= 2
+}
 
 
 def gradients(name, seed) -> dict:
@@ -163,29 +241,49 @@ def gradients(name, seed) -> dict:
     started, (recipe, count, changes) = time.process_time(), methods[name]
     found, trainer = policy_gradients(recipe, count, seed, **changes) if recipe else surrogate_gradients(count, seed)
     signal, noise = signal_and_noise(found)
-    return line("gradients", name, trainer.config, started, num_steps=count, batches=batches, trajectories=trajectories, signal=signal, noise=noise,
-                reward_queries=trainer.counts["reward_queries"], change=reward_of_a_step(trainer, found.mean(0)))
+    return line(
+        "gradients",
+        name,
+        trainer.config,
+        started,
+        num_steps=count,
+        batches=batches,
+        trajectories=trajectories,
+        signal=signal,
+        noise=noise,
+        reward_queries=trainer.counts["reward_queries"],
+        change=reward_of_a_step(trainer, found.mean(0)),
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", nargs="+", choices=("gradients", "runs", "tuning"), default=["gradients", "runs"])
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--names", nargs="+", help="of the measurements, settings or variants; all of the group without it")
+    parser.add_argument(
+        "--names", nargs="+", help="of the measurements, settings or variants; all of the group without it"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     for group in given.groups:
         work = {"gradients": methods, "runs": variants, "tuning": tuning}[group]
-        path = results/"tuning"/"lasro.jsonl" if group == "tuning" else results/"experiments"/"lasro.jsonl"
+        path = results / "tuning" / "lasro.jsonl" if group == "tuning" else results / "experiments" / "lasro.jsonl"
         for seed in given.seeds or ([101] if group == "tuning" else [1, 2, 3]):
             for name in given.names or work:
-                done = {(record["group"], record["name"], record["seed"]) for record in (read_jsonl(path) if path.is_file() else [])}
-                if name not in work or (group, name, seed) in done: continue
+                done = {
+                    (record["group"], record["name"], record["seed"])
+                    for record in (read_jsonl(path) if path.is_file() else [])
+                }
+                if name not in work or (group, name, seed) in done:
+                    continue
                 found = gradients(name, seed) if group == "gradients" else run(group, name, work[name], seed)
                 append_jsonl(path, found)
-                if group == "gradients": summary = f"signal/noise {found['signal']/found['noise']:.4f}, change {found['change']['mean']}"
+                if group == "gradients":
+                    summary = f"signal/noise {found['signal'] / found['noise']:.4f}, change {found['change']['mean']}"
                 else:
-                    before, after = ([e["mean"] for e in found["evaluations"] if e["prompts"] == "trained"][i] for i in (0, -1))
+                    before, after = (
+                        [e["mean"] for e in found["evaluations"] if e["prompts"] == "trained"][i] for i in (0, -1)
+                    )
                     summary = "gain " + ", ".join(f"{b - a:+.3f}" for a, b in zip(before, after)) + f" at {steps}"
                 print(f"{group}, {name}, seed {seed}: {found['cpu_seconds']:.0f} CPU s, {summary}", flush=True)
 

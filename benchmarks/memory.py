@@ -30,6 +30,7 @@ precisions = {"fp16": torch.float16, "fp32": torch.float32}
 
 class FusedAttention(torch.autograd.Function):
     "Stores what a fused attention kernel stores, and computes nothing"
+
     @staticmethod
     def forward(ctx, query, key, value):
         out = torch.empty_like(query)
@@ -37,66 +38,103 @@ class FusedAttention(torch.autograd.Function):
         return out
 
 
-def fused_attention(query, key, value, **_): return FusedAttention.apply(query, key, value)
+def fused_attention(query, key, value, **_):
+    return FusedAttention.apply(query, key, value)
 
 
-def millions(module): return round(sum(p.numel() for p in module.parameters())/1e6)
+def millions(module):
+    return round(sum(p.numel() for p in module.parameters()) / 1e6)
 
 
 def inputs(unet, samples):
     "What the UNet reads, on the meta device"
     config, options = unet.config, dict(device="meta", dtype=unet.conv_in.weight.dtype)
     size, states = config.sample_size, torch.empty(samples, 77, config.cross_attention_dim, **options)
-    given = dict(sample=torch.empty(samples, config.in_channels, size, size, **options), timestep=torch.zeros(samples, device="meta", dtype=torch.long), encoder_hidden_states=states)
-    if config.addition_embed_type: given["added_cond_kwargs"] = dict(text_embeds=torch.empty(samples, config.projection_class_embeddings_input_dim - 6*256, **options),
-                                                                     time_ids=torch.empty(samples, 6, **options))
-    if config.time_cond_proj_dim: given["timestep_cond"] = torch.empty(samples, config.time_cond_proj_dim, **options)
+    given = dict(
+        sample=torch.empty(samples, config.in_channels, size, size, **options),
+        timestep=torch.zeros(samples, device="meta", dtype=torch.long),
+        encoder_hidden_states=states,
+    )
+    if config.addition_embed_type:
+        given["added_cond_kwargs"] = dict(
+            text_embeds=torch.empty(samples, config.projection_class_embeddings_input_dim - 6 * 256, **options),
+            time_ids=torch.empty(samples, 6, **options),
+        )
+    if config.time_cond_proj_dim:
+        given["timestep_cond"] = torch.empty(samples, config.time_cond_proj_dim, **options)
     return given
 
 
 def kept(unet, samples=2) -> tuple:
     "Bytes a sample that the backward pass needs, and those of the block that needs most"
     weights, seen, total, blocks = {p.untyped_storage()._cdata for p in unet.parameters()}, {}, [0], {}
+
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and storage._cdata not in seen:
             seen[storage._cdata] = tensor  # alive, so that its address is not used again
             total[0] += storage.nbytes()
         return tensor
-    def before(module, *_): blocks[module] = -total[0]
-    def after(module, *_): blocks[module] += total[0]
+
+    def before(module, *_):
+        blocks[module] = -total[0]
+
+    def after(module, *_):
+        blocks[module] += total[0]
+
     parts = [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
-    handles = [handle for module in parts for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))]
-    with patch("torch.nn.functional.scaled_dot_product_attention", fused_attention), saved_tensors_hooks(pack, lambda tensor: tensor):
+    handles = [
+        handle
+        for module in parts
+        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
+    ]
+    with (
+        patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         unet(**inputs(unet, samples))
-    for handle in handles: handle.remove()
-    return total[0]/samples, max(blocks.values())/samples
+    for handle in handles:
+        handle.remove()
+    return total[0] / samples, max(blocks.values()) / samples
 
 
 def rows(kind):
     "A model in each precision"
-    with init_empty_weights(): pipeline = kinds[kind](full_width, 512)
-    texts = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
+    with init_empty_weights():
+        pipeline = kinds[kind](full_width, 512)
+    texts = [
+        module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None
+    ]
     sizes = dict(unet=millions(pipeline.unet), vae=millions(pipeline.vae), text=sum(map(millions, texts)))
     unet = pipeline.unet.requires_grad_(False).eval()
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for precision, dtype in precisions.items():
         unet.to(dtype)
         for parameter in unet.parameters():
-            if parameter.requires_grad: parameter.data = parameter.data.float()
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         unet.disable_gradient_checkpointing()
         whole, block = kept(unet)
         unet.enable_gradient_checkpointing()
-        yield dict(kind=kind, precision=precision, millions=sizes, gb_per_sample=round(whole/GB, 2), gb_per_sample_checkpointed=round((kept(unet)[0] + block)/GB, 2))
+        yield dict(
+            kind=kind,
+            precision=precision,
+            millions=sizes,
+            gb_per_sample=round(whole / GB, 2),
+            gb_per_sample_checkpointed=round((kept(unet)[0] + block) / GB, 2),
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"memory.jsonl")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.jsonl")
     options = parser.parse_args()
     options.output.unlink(missing_ok=True)  # the rows are counted, not measured: the same on any machine
     for kind in options.kinds:
         for row in rows(kind):
             append_jsonl(options.output, row)
-            print(f"{kind:<12}{row['precision']}  {row['gb_per_sample']:6.2f} GB a sample, {row['gb_per_sample_checkpointed']:5.2f} GB with gradient checkpointing   {row['millions']}", flush=True)
+            print(
+                f"{kind:<12}{row['precision']}  {row['gb_per_sample']:6.2f} GB a sample, {row['gb_per_sample_checkpointed']:5.2f} GB with gradient checkpointing   {row['millions']}",
+                flush=True,
+            )

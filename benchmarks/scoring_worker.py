@@ -29,11 +29,13 @@ from sdpo_nb.models import load_policy, precisions
 from sdpo_nb.trainer import Trainer, versions
 
 
-def waiting(of_picture=0., of_call=0.):
+def waiting(of_picture=0.0, of_call=0.0):
     "A reward that lets others work for so many seconds"
+
     def wait(images, prompts):
-        time.sleep(of_picture*len(images) + of_call)
+        time.sleep(of_picture * len(images) + of_call)
         return images.mean((1, 2, 3))
+
     return wait
 
 
@@ -45,8 +47,16 @@ def round_seconds(trainer, epoch):
 
 
 def make(policy, reward, given, worker, folder):
-    config = TrainConfig(policy=given.policy, precision=given.precision, num_steps=given.num_steps, pairs_per_epoch=given.pairs_per_epoch,
-                         pairs_per_update=given.pairs_per_epoch, micro_batch=given.micro_batch, reward_worker=worker, output_dir=f"{folder}/run")
+    config = TrainConfig(
+        policy=given.policy,
+        precision=given.precision,
+        num_steps=given.num_steps,
+        pairs_per_epoch=given.pairs_per_epoch,
+        pairs_per_update=given.pairs_per_epoch,
+        micro_batch=given.micro_batch,
+        reward_worker=worker,
+        output_dir=f"{folder}/run",
+    )
     return Trainer(policy, reward, "shapes", resolve(config), callbacks=[])
 
 
@@ -56,12 +66,18 @@ def compare(policy, reward, given) -> dict:
         pairs, trainers = [], {}
         for number in range(-1, given.rounds):  # the first one warms up
             seconds = {}
-            for worker in (False, True)[::1 if number % 2 else -1]:
+            for worker in (False, True)[:: 1 if number % 2 else -1]:
                 trainers[worker] = make(policy, reward, given, worker, folder)
-                seconds[worker] = round_seconds(trainers[worker], number+1)
-            if number >= 0: pairs.append((seconds[False], seconds[True]))
-    return dict(seconds_after_each_other=[a for a, _ in pairs], seconds_in_a_thread=[b for _, b in pairs], ratio=statistics.median(a/b for a, b in pairs),
-                queries=trainers[True].counts["reward_queries"], config={**asdict(trainers[True].config), "output_dir": None})
+                seconds[worker] = round_seconds(trainers[worker], number + 1)
+            if number >= 0:
+                pairs.append((seconds[False], seconds[True]))
+    return dict(
+        seconds_after_each_other=[a for a, _ in pairs],
+        seconds_in_a_thread=[b for _, b in pairs],
+        ratio=statistics.median(a / b for a, b in pairs),
+        queries=trainers[True].counts["reward_queries"],
+        config={**asdict(trainers[True].config), "output_dir": None},
+    )
 
 
 def sampling_seconds(policy, given):
@@ -71,32 +87,50 @@ def sampling_seconds(policy, given):
         for number in range(3):
             trainer.rollout(number)
             times.append(trainer.seconds["sample"])
-    return statistics.median(times), trainer.counts["reward_queries"]/3
+    return statistics.median(times), trainer.counts["reward_queries"] / 3
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default="tiny", help="as load_policy takes it")
     parser.add_argument("--precision", default="fp32", choices=precisions)
-    parser.add_argument("--waits", type=float, nargs="*", default=[.5, 1., 2.], help="as multiples of what sampling takes")
+    parser.add_argument(
+        "--waits", type=float, nargs="*", default=[0.5, 1.0, 2.0], help="as multiples of what sampling takes"
+    )
     parser.add_argument("--rewards", nargs="*", default=["jpeg_compressibility", "shapes_aesthetic"])
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--pairs_per_epoch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"scoring_worker.jsonl")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scoring_worker.jsonl")
     given = parser.parse_args()
     policy = load_policy(given.policy, precision=given.precision)
     alone, pictures = sampling_seconds(policy, given)
     device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
-    machine = {"device": device, "system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    print(f"sampling alone {alone:.2f} s a round of {given.pairs_per_epoch//given.micro_batch} batches\n{'reward':<38}{'after':>10}{'meanwhile':>12}{'times as fast':>15}")
-    waits = [(f"waits {times:g} × sampling, {kind}", reward) for times in given.waits for kind, reward in (("by the picture", waiting(of_picture=times*alone/pictures)), ("by the call", waiting(of_call=times*alone/math.ceil(pictures/64))))]
+    machine = {
+        "device": device,
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        f"sampling alone {alone:.2f} s a round of {given.pairs_per_epoch // given.micro_batch} batches\n{'reward':<38}{'after':>10}{'meanwhile':>12}{'times as fast':>15}"
+    )
+    waits = [
+        (f"waits {times:g} × sampling, {kind}", reward)
+        for times in given.waits
+        for kind, reward in (
+            ("by the picture", waiting(of_picture=times * alone / pictures)),
+            ("by the call", waiting(of_call=times * alone / math.ceil(pictures / 64))),
+        )
+    ]
     for name, reward in [*waits, *((name, name) for name in given.rewards)]:
         row = compare(policy, reward, given)
         after, meanwhile = (statistics.median(row[f"seconds_{how}"]) for how in ("after_each_other", "in_a_thread"))
         print(f"{name:<38}{after:>8.2f} s{meanwhile:>10.2f} s{row['ratio']:>14.2f}×", flush=True)
-        append_jsonl(given.output, {"reward": name, "sampling_seconds": alone, **row, "machine": machine, "versions": versions()})
+        append_jsonl(
+            given.output, {"reward": name, "sampling_seconds": alone, **row, "machine": machine, "versions": versions()}
+        )
 
 
 if __name__ == "__main__":

@@ -35,23 +35,29 @@ results = Path(__file__).parent / "results"
 
 def now(device) -> float:
     "Seconds on a clock that fits the device: of the wall once a GPU is idle, of the processor without one"
-    if device.type != "cuda": return time.process_time()
+    if device.type != "cuda":
+        return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Clock:
     "Seconds spent inside some functions, by name; what is called inside a timed call counts for the outer one only"
-    def __init__(self, device): self.device, self.seconds, self.inside, self.phase = device, {}, False, None
+
+    def __init__(self, device):
+        self.device, self.seconds, self.inside, self.phase = device, {}, False, None
 
     def timed(self, function, name):
         def run(*args, **options):
-            if self.inside: return function(*args, **options)
+            if self.inside:
+                return function(*args, **options)
             started, self.inside = now(self.device), True
-            try: return function(*args, **options)
+            try:
+                return function(*args, **options)
             finally:
                 self.inside, label = False, name() if callable(name) else name
-                self.seconds[label] = self.seconds.get(label, 0.) + now(self.device) - started
+                self.seconds[label] = self.seconds.get(label, 0.0) + now(self.device) - started
+
         return run
 
 
@@ -64,34 +70,51 @@ def clocks(trainer):
         def run(*args):
             clock.phase = phase
             return function(*args)
+
         return run
+
     trainer.rollout, trainer.update = in_phase(trainer.rollout, "sampling"), in_phase(trainer.update, "training")
     policy.predict = clock.timed(policy.predict, lambda: f"unet, {clock.phase}")
     policy.decode = clock.timed(policy.decode, "decode")
     trainer.accelerator.backward = clock.timed(trainer.accelerator.backward, "unet, training")
     trainer.reward = clock.timed(reward, "reward")
     trainer.reward.name = reward.name
-    try: yield clock
+    try:
+        yield clock
     finally:
-        for owner, name in ((policy, "predict"), (policy, "decode"), (trainer.accelerator, "backward"), (trainer, "rollout"), (trainer, "update")): delattr(owner, name)
+        for owner, name in (
+            (policy, "predict"),
+            (policy, "decode"),
+            (trainer.accelerator, "backward"),
+            (trainer, "rollout"),
+            (trainer, "update"),
+        ):
+            delattr(owner, name)
         trainer.reward = reward
 
 
 def matrix_rate(device, dtype, repeats=20) -> float:
     "Floating-point operations per second of plain matrix products"
-    size, products = (8192, 10) if device.type == "cuda" else (2048, 1)  # one small product on a GPU would time its launch
+    size, products = (
+        (8192, 10) if device.type == "cuda" else (2048, 1)
+    )  # one small product on a GPU would time its launch
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
         started = now(device)
-        for _ in range(products): a @ b
+        for _ in range(products):
+            a @ b
         best = min(best, now(device) - started)
-    return 2*size**3*products/best
+    return 2 * size**3 * products / best
 
 
 def peak_memory(device) -> float:
     "Gigabytes: of the GPU since the last reset, or of this process"
-    return torch.cuda.max_memory_allocated(device)/1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9
+    return (
+        torch.cuda.max_memory_allocated(device) / 1e9
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    )
 
 
 def epoch(trainer):
@@ -106,7 +129,8 @@ def measure(policy, config, epochs, rate) -> dict:
     "One row"
     trainer = Trainer(policy, config.reward, config.prompts, config, callbacks=[])
     device = policy.device
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     epoch(trainer)  # the first one warms up
     times = []
     for _ in range(epochs):
@@ -119,18 +143,36 @@ def measure(policy, config, epochs, rate) -> dict:
         started = now(device)
         rollout = epoch(trainer)
         clocked = now(device) - started
-    with FlopCounterMode(display=False) as sampling: rollout = trainer.rollout(1000)
-    with FlopCounterMode(display=False) as training: trainer.update(rollout, 1000)
-    shares = {name: clock.seconds.get(name, 0.)/clocked for name in ("unet, sampling", "unet, training", "decode", "reward")}
+    with FlopCounterMode(display=False) as sampling:
+        rollout = trainer.rollout(1000)
+    with FlopCounterMode(display=False) as training:
+        trainer.update(rollout, 1000)
+    shares = {
+        name: clock.seconds.get(name, 0.0) / clocked
+        for name in ("unet, sampling", "unet, training", "decode", "reward")
+    }
     shares["everything else"] = 1 - sum(shares.values())
-    trajectories, steps = rollout.log_prob.shape[0]*rollout.log_prob.shape[1], config.num_steps
-    with FlopCounterMode(display=False) as decoding: trainer.score(rollout, 1000)
-    of_peak = {"sampling": (sampling.get_total_flops() - decoding.get_total_flops())/(clock.seconds["unet, sampling"]*rate),
-               "training": training.get_total_flops()/(clock.seconds["unet, training"]*rate)}
-    return {"seconds_per_epoch": seconds, "wall_seconds_per_epoch": walls, "all_seconds": times, "sampled_steps_per_second": trajectories*steps/clock.seconds["unet, sampling"],
-            "trained_steps_per_second": trajectories*len(trainer.trained_steps)/clock.seconds["unet, training"], "shares": shares,
-            "flops": {"rollout": sampling.get_total_flops(), "update": training.get_total_flops()}, "matrix_flops_per_second": rate,
-            "of_peak": of_peak, "peak_memory_gb": memory, "optimizer_steps_per_epoch": trainer.counts["optimizer_steps"]/trainer.counts["epoch"]}
+    trajectories, steps = rollout.log_prob.shape[0] * rollout.log_prob.shape[1], config.num_steps
+    with FlopCounterMode(display=False) as decoding:
+        trainer.score(rollout, 1000)
+    of_peak = {
+        "sampling": (sampling.get_total_flops() - decoding.get_total_flops())
+        / (clock.seconds["unet, sampling"] * rate),
+        "training": training.get_total_flops() / (clock.seconds["unet, training"] * rate),
+    }
+    return {
+        "seconds_per_epoch": seconds,
+        "wall_seconds_per_epoch": walls,
+        "all_seconds": times,
+        "sampled_steps_per_second": trajectories * steps / clock.seconds["unet, sampling"],
+        "trained_steps_per_second": trajectories * len(trainer.trained_steps) / clock.seconds["unet, training"],
+        "shares": shares,
+        "flops": {"rollout": sampling.get_total_flops(), "update": training.get_total_flops()},
+        "matrix_flops_per_second": rate,
+        "of_peak": of_peak,
+        "peak_memory_gb": memory,
+        "optimizer_steps_per_epoch": trainer.counts["optimizer_steps"] / trainer.counts["epoch"],
+    }
 
 
 def main():
@@ -146,22 +188,56 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=results / "throughput.jsonl")
     given = parser.parse_args()
-    print(f"{'recipe':<15}{'precision':<10}{'micro':>6}{'s/epoch':>9}" + "".join(f"{name:>16}" for name in ("unet, sampling", "unet, training", "decode", "reward", "everything else")) + f"{'of peak':>14}{'GB':>7}")
+    print(
+        f"{'recipe':<15}{'precision':<10}{'micro':>6}{'s/epoch':>9}"
+        + "".join(f"{name:>16}" for name in ("unet, sampling", "unet, training", "decode", "reward", "everything else"))
+        + f"{'of peak':>14}{'GB':>7}"
+    )
     for precision in given.precision:
         policy = load_policy(given.policy, precision=precision)
         rate = matrix_rate(policy.device, policy.dtype)
         for recipe in given.recipes:
             for micro in given.micro_batch:
                 with tempfile.TemporaryDirectory() as folder:
-                    config = resolve(TrainConfig(policy=given.policy, recipe=recipe, reward=given.reward, precision=precision, micro_batch=micro, num_steps=given.num_steps,
-                                                 pairs_per_epoch=given.pairs_per_epoch, pairs_per_update=given.pairs_per_update, output_dir=f"{folder}/run"))
+                    config = resolve(
+                        TrainConfig(
+                            policy=given.policy,
+                            recipe=recipe,
+                            reward=given.reward,
+                            precision=precision,
+                            micro_batch=micro,
+                            num_steps=given.num_steps,
+                            pairs_per_epoch=given.pairs_per_epoch,
+                            pairs_per_update=given.pairs_per_update,
+                            output_dir=f"{folder}/run",
+                        )
+                    )
                     row = measure(policy, config, given.epochs, rate)
-                print(f"{recipe:<15}{precision:<10}{micro:>6}{row['seconds_per_epoch']:>9.2f}" + "".join(f"{share:>16.1%}" for share in row["shares"].values())
-                      + f"{row['of_peak']['sampling']:>7.0%}{row['of_peak']['training']:>7.0%}{row['peak_memory_gb']:>7.1f}", flush=True)
+                print(
+                    f"{recipe:<15}{precision:<10}{micro:>6}{row['seconds_per_epoch']:>9.2f}"
+                    + "".join(f"{share:>16.1%}" for share in row["shares"].values())
+                    + f"{row['of_peak']['sampling']:>7.0%}{row['of_peak']['training']:>7.0%}{row['peak_memory_gb']:>7.1f}",
+                    flush=True,
+                )
                 device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
-                append_jsonl(given.output, {"recipe": recipe, "reward": given.reward, "seed": config.seed, "config": {**asdict(config), "output_dir": None},
-                                            "versions": versions(), "machine": {"device": device, "system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-                                            **row, "evaluations": []})
+                append_jsonl(
+                    given.output,
+                    {
+                        "recipe": recipe,
+                        "reward": given.reward,
+                        "seed": config.seed,
+                        "config": {**asdict(config), "output_dir": None},
+                        "versions": versions(),
+                        "machine": {
+                            "device": device,
+                            "system": platform.system(),
+                            "cores": os.cpu_count(),
+                            "threads": torch.get_num_threads(),
+                        },
+                        **row,
+                        "evaluations": [],
+                    },
+                )
 
 
 if __name__ == "__main__":

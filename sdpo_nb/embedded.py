@@ -26,11 +26,29 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 # %% ../nbs/90_embedded.ipynb #d0c42843
 from .files import append_jsonl, atomic_write, read_json, write_json
 from .rewards import AestheticModel, AlignmentModel
-from .shapes import (Oracle, all_captions, backgrounds, caption, colors, image_size, parse_caption, random_scenes,
-                            render, scenes_from_uniform, shapes)
+from sdpo_nb.shapes import (
+    Oracle,
+    all_captions,
+    backgrounds,
+    caption,
+    colors,
+    image_size,
+    parse_caption,
+    random_scenes,
+    render,
+    scenes_from_uniform,
+    shapes,
+)
 
 # %% ../nbs/90_embedded.ipynb #874ea8d0
-caption_mix = {("shape", "color", "background"): .70, ("shape", "color"): .12, ("shape", "background"): .06, ("shape",): .08, (): .04}
+caption_mix = {
+    ("shape", "color", "background"): 0.70,
+    ("shape", "color"): 0.12,
+    ("shape", "background"): 0.06,
+    ("shape",): 0.08,
+    (): 0.04,
+}
+
 
 def caption_table() -> list:
     "Every caption of the world: 253 of them, the empty one included"
@@ -39,39 +57,48 @@ def caption_table() -> list:
 # %% ../nbs/90_embedded.ipynb #c35243c0
 def learn_merges(
     words: Counter,  # word -> how often it occurs
-    vocabulary: dict, # token -> number; letters, and letters that end a word; the merged tokens are added to it
-) -> list:           # pairs of tokens, in the order of their merging
+    vocabulary: dict,  # token -> number; letters, and letters that end a word; the merged tokens are added to it
+) -> list:  # pairs of tokens, in the order of their merging
     "Byte-pair encoding until every word is one token; of equally frequent pairs the one with the smaller numbers goes first"
     spelled, merges = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
     while True:
         pairs = Counter()
         for word, tokens in spelled.items():
-            for pair in zip(tokens, tokens[1:]): pairs[pair] += words[word]
-        if not pairs: return merges
+            for pair in zip(tokens, tokens[1:]):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], *map(vocabulary.get, pair))))
         vocabulary.setdefault("".join(merges[-1]), len(vocabulary))
         spelled = {word: merge_pair(tokens, merges[-1]) for word, tokens in spelled.items()}
+
 
 def merge_pair(tokens, pair):
     "The tokens of a word with every occurrence of `pair` merged"
     merged = []
     for token in tokens:
-        if merged and (merged[-1], token) == pair: merged[-1] += token
-        else: merged.append(token)
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
     return merged
 
 # %% ../nbs/90_embedded.ipynb #73144532
 def build_tokenizer(
-    folder: Path,        # where vocab.json and merges.txt go
-    max_length: int=10,  # the longest caption has nine tokens, start and end included
+    folder: Path,  # where vocab.json and merges.txt go
+    max_length: int = 10,  # the longest caption has nine tokens, start and end included
 ) -> CLIPTokenizer:
     "A real `CLIPTokenizer` whose byte-pair merges were learnt from the captions"
     start, end, letters = "<|startoftext|>", "<|endoftext|>", [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = {token: number for number, token in enumerate([start, end, *letters, *(letter + "</w>" for letter in letters)])}
+    vocabulary = {
+        token: number for number, token in enumerate([start, end, *letters, *(letter + "</w>" for letter in letters)])
+    }
     merges = learn_merges(Counter(" ".join(caption_table()).split()), vocabulary)
-    write_json(folder/"vocab.json", vocabulary)
-    atomic_write(folder/"merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=max_length, unk_token=end, bos_token=start, eos_token=end, pad_token=end)
+    write_json(folder / "vocab.json", vocabulary)
+    atomic_write(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder, model_max_length=max_length, unk_token=end, bos_token=start, eos_token=end, pad_token=end
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -80,69 +107,90 @@ def build_text_encoder(
     tokenizer,  # from `build_tokenizer`
 ) -> CLIPTextModel:
     "A `CLIPTextModel` 64 wide and two layers deep"
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length, projection_dim=64, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
-def tokenize(tokenizer, captions): return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+def tokenize(tokenizer, captions):
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 # %% ../nbs/90_embedded.ipynb #f04ae65e
 def fit(
-    parameters,            # what is trained
-    loss_fn,               # step number -> scalar loss
-    iterations: int,       # how many updates
+    parameters,  # what is trained
+    loss_fn,  # step number -> scalar loss
+    iterations: int,  # how many updates
     learning_rate: float,  # the peak; warmed up over a tenth, then a cosine to zero
-    name: str="",          # written in the log
-    log: Path=None,        # JSON lines, one every hundred updates
-    after_step=None,       # called with the step number after each update
-    planned: int=None,     # updates that the cosine is planned for, where the run stops before its end
+    name: str = "",  # written in the log
+    log: Path = None,  # JSON lines, one every hundred updates
+    after_step=None,  # called with the step number after each update
+    planned: int = None,  # updates that the cosine is planned for, where the run stops before its end
 ):
     "AdamW, one cycle, gradient norm at most one: the loop that every network here shares. Raises ValueError without updates"
-    if iterations < 1: raise ValueError(f"iterations is {iterations}; give at least one update.")
-    parameters, started, total = list(parameters), time.time(), 0.
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; give at least one update.")
+    parameters, started, total = list(parameters), time.time(), 0.0
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     cycle = max(planned or iterations, iterations, 11)  # torch divides by zero where a tenth of the cycle is one update
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, cycle, pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, cycle, pct_start=0.1)
     for step in range(iterations):
         loss = loss_fn(step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if after_step: after_step(step)
+        if after_step:
+            after_step(step)
         total += loss.item()
-        if (step+1) % 100 == 0:
-            if log: append_jsonl(log, dict(network=name, step=step+1, loss=total/100, seconds=round(time.time()-started, 1)))
-            total = 0.
+        if (step + 1) % 100 == 0:
+            if log:
+                append_jsonl(
+                    log, dict(network=name, step=step + 1, loss=total / 100, seconds=round(time.time() - started, 1))
+                )
+            total = 0.0
 
 # %% ../nbs/90_embedded.ipynb #871a7ba6
 def degrade(
-    images: torch.Tensor,        # `[B,3,H,W]` in [0,1]
+    images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
     generator: torch.Generator,  # source of randomness
-) -> tuple:                      # degraded images, amount of degradation `[B]` in [0,1]
+) -> tuple:  # degraded images, amount of degradation `[B]` in [0,1]
     "Blur and noise, each of random strength on a third of the images"
     batch = len(images)
-    noise, blur = (torch.rand(2, batch, generator=generator) * (torch.rand(2, batch, generator=generator) < .35)).unbind()
-    blurred = F.avg_pool2d(F.pad(images, (2,)*4, mode="replicate"), 5, 1)
+    noise, blur = (
+        torch.rand(2, batch, generator=generator) * (torch.rand(2, batch, generator=generator) < 0.35)
+    ).unbind()
+    blurred = F.avg_pool2d(F.pad(images, (2,) * 4, mode="replicate"), 5, 1)
     images = images.lerp(blurred, blur[:, None, None, None])
-    images = images + .15*noise[:, None, None, None]*torch.randn(images.shape, generator=generator)
+    images = images + 0.15 * noise[:, None, None, None] * torch.randn(images.shape, generator=generator)
     return images.clamp(0, 1), torch.maximum(noise, blur)
 
 # %% ../nbs/90_embedded.ipynb #9f71842c
 def train_oracle(
-    iterations: int=1500,  # updates of 64 fresh renders
-    seed: int=0,           # of the weights and the renders
-    log: Path=None,        # training curve
+    iterations: int = 1500,  # updates of 64 fresh renders
+    seed: int = 0,  # of the weights and the renders
+    log: Path = None,  # training curve
 ) -> Oracle:
     "Cross-entropy on fresh renders, a few of them slightly degraded so that small artefacts do not fool it"
     torch.manual_seed(seed)
-    generator, oracle = torch.Generator().manual_seed(seed+1), Oracle()
+    generator, oracle = torch.Generator().manual_seed(seed + 1), Oracle()
+
     def loss(step):
         scenes = random_scenes(64, generator)
         images, _ = degrade(render(scenes), generator)
         return sum(F.cross_entropy(logits, getattr(scenes, k)) for k, logits in oracle(images).items())
+
     fit(oracle.parameters(), loss, iterations, 2e-3, "oracle", log)
     return oracle.eval()
 
@@ -151,33 +199,42 @@ def train_oracle(
 def oracle_accuracy(oracle, n=4096, seed=12345) -> dict:
     "Share of fresh, undegraded renders read correctly, by attribute"
     scenes = random_scenes(n, torch.Generator().manual_seed(seed))
-    return {k: (logits.argmax(1) == getattr(scenes, k)).float().mean().item() for k, logits in oracle(render(scenes)).items()}
+    return {
+        k: (logits.argmax(1) == getattr(scenes, k)).float().mean().item()
+        for k, logits in oracle(render(scenes)).items()
+    }
 
 # %% ../nbs/90_embedded.ipynb #2310d5df
 def matches(
-    scenes,          # B scenes
+    scenes,  # B scenes
     captions: list,  # C captions
-) -> torch.Tensor:   # `[B,C]` bool
+) -> torch.Tensor:  # `[B,C]` bool
     "Does everything that a caption names hold in the scene?"
     columns = []
     for named in map(parse_caption, captions):
         hit = torch.ones(len(scenes), dtype=torch.bool)
-        for attribute, index in named.items(): hit &= getattr(scenes, attribute) == index
+        for attribute, index in named.items():
+            hit &= getattr(scenes, attribute) == index
         columns.append(hit)
     return torch.stack(columns, 1)
 
 # %% ../nbs/90_embedded.ipynb #03875735
 def train_alignment(
-    tokenizer,             # from `build_tokenizer`
-    iterations: int=2000,  # updates of 64 renders against 96 captions
-    seed: int=0,           # of the weights and the renders
-    log: Path=None,        # training curve
-) -> tuple:                # the text encoder, the alignment model
+    tokenizer,  # from `build_tokenizer`
+    iterations: int = 2000,  # updates of 64 renders against 96 captions
+    seed: int = 0,  # of the weights and the renders
+    log: Path = None,  # training curve
+) -> tuple:  # the text encoder, the alignment model
     "Sigmoid contrastive training of the text encoder and an image tower: the policy's text encoder and the alignment reward"
     torch.manual_seed(seed)
-    generator, text_encoder, model = torch.Generator().manual_seed(seed+1), build_text_encoder(tokenizer), AlignmentModel()
+    generator, text_encoder, model = (
+        torch.Generator().manual_seed(seed + 1),
+        build_text_encoder(tokenizer),
+        AlignmentModel(),
+    )
     table = [c for c in caption_table() if c]
     tokens = tokenize(tokenizer, table)
+
     def loss(step):
         scenes = random_scenes(64, generator)
         chosen = torch.randint(len(table), (96,), generator=generator)
@@ -185,142 +242,181 @@ def train_alignment(
         pooled = text_encoder(tokens[chosen]).pooler_output
         logits = model.logits(model.embed_images(images), model.embed_text(pooled))
         hit = matches(scenes, [table[i] for i in chosen]).float()
-        return F.binary_cross_entropy_with_logits(logits, hit, pos_weight=torch.tensor(8.))
+        return F.binary_cross_entropy_with_logits(logits, hit, pos_weight=torch.tensor(8.0))
+
     fit([*text_encoder.parameters(), *model.parameters()], loss, iterations, 2e-3, "alignment", log)
     return text_encoder.eval(), model.eval()
 
 # %% ../nbs/90_embedded.ipynb #12582092
 def taste(
-    scenes,       # B scenes
+    scenes,  # B scenes
 ) -> torch.Tensor:  # `[B]`, 0 to 10
     "The preference that the aesthetic score is taught: big, centred, bright and in contrast with its background"
-    size = (scenes.size - 6.5)/4.5
-    centred = 1 - torch.hypot(scenes.x-16, scenes.y-16)/6.4
-    paint = torch.tensor(list(colors.values()))[scenes.color]*scenes.shade[:, None]
+    size = (scenes.size - 6.5) / 4.5
+    centred = 1 - torch.hypot(scenes.x - 16, scenes.y - 16) / 6.4
+    paint = torch.tensor(list(colors.values()))[scenes.color] * scenes.shade[:, None]
     back = torch.tensor(list(backgrounds.values()))[scenes.background] + scenes.light[:, None]
-    contrast = ((paint-back).norm(dim=1)/1.2).clamp(max=1)
-    bright = (scenes.shade - .7)/.3
-    return 10*(.3*size + .2*centred + .25*contrast + .25*bright)
+    contrast = ((paint - back).norm(dim=1) / 1.2).clamp(max=1)
+    bright = (scenes.shade - 0.7) / 0.3
+    return 10 * (0.3 * size + 0.2 * centred + 0.25 * contrast + 0.25 * bright)
 
 # %% ../nbs/90_embedded.ipynb #41cced5c
 def train_aesthetic(
-    iterations: int=1500,  # updates of 64 fresh renders
-    seed: int=0,           # of the weights and the renders
-    log: Path=None,        # training curve
+    iterations: int = 1500,  # updates of 64 fresh renders
+    seed: int = 0,  # of the weights and the renders
+    log: Path = None,  # training curve
 ) -> AestheticModel:
     "Regression of `taste` on renders; blur and noise cost up to four points"
     torch.manual_seed(seed)
-    generator, model = torch.Generator().manual_seed(seed+1), AestheticModel()
+    generator, model = torch.Generator().manual_seed(seed + 1), AestheticModel()
+
     def loss(step):
         scenes = random_scenes(64, generator)
         images, amount = degrade(render(scenes), generator)
-        return F.mse_loss(model(images), taste(scenes) - 4*amount)
+        return F.mse_loss(model(images), taste(scenes) - 4 * amount)
+
     fit(model.parameters(), loss, iterations, 2e-3, "aesthetic", log)
     return model.eval()
 
 # %% ../nbs/90_embedded.ipynb #d3bfc2ee
 def build_vae() -> AutoencoderKL:
     "32×32 RGB to 4×8×8 latents"
-    return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",)*3, up_block_types=("UpDecoderBlock2D",)*3,
-                         block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=image_size)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=image_size,
+    )
 
 # %% ../nbs/90_embedded.ipynb #1e8e2f9a
 def train_vae(
-    iterations: int=2400,  # updates of 32 fresh renders
-    seed: int=0,           # of the weights and the renders
-    log: Path=None,        # training curve
+    iterations: int = 2400,  # updates of 32 fresh renders
+    seed: int = 0,  # of the weights and the renders
+    log: Path = None,  # training curve
 ) -> AutoencoderKL:
     "Squared error and a whisper of KL"
     torch.manual_seed(seed)
-    generator, vae = torch.Generator().manual_seed(seed+1), build_vae()
+    generator, vae = torch.Generator().manual_seed(seed + 1), build_vae()
+
     def loss(step):
-        images = render(random_scenes(32, generator))*2 - 1
+        images = render(random_scenes(32, generator)) * 2 - 1
         posterior = vae.encode(images).latent_dist
-        return F.mse_loss(vae.decode(posterior.sample()).sample, images) + 4e-8*posterior.kl().mean()
+        return F.mse_loss(vae.decode(posterior.sample()).sample, images) + 4e-8 * posterior.kl().mean()
+
     fit(vae.parameters(), loss, iterations, 3e-3, "vae", log)
     return vae.eval()
 
 # %% ../nbs/90_embedded.ipynb #e29c46ba
 @torch.no_grad()
 def measure_scale(
-    vae,          # trained; its configuration is changed in place
-    seed: int=0,  # of the renders
+    vae,  # trained; its configuration is changed in place
+    seed: int = 0,  # of the renders
 ):
     "Keep in the configuration what brings the latents to unit variance"
-    latents = vae.encode(render(random_scenes(2048, torch.Generator().manual_seed(seed+1)))*2 - 1).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1/latents.std().item(), 4))
+    latents = vae.encode(
+        render(random_scenes(2048, torch.Generator().manual_seed(seed + 1))) * 2 - 1
+    ).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
 
 # %% ../nbs/90_embedded.ipynb #a492bb40
 @torch.no_grad()
 def reconstruction_psnr(vae, n=512, seed=12345) -> float:
     "Peak signal-to-noise ratio, dB, of fresh renders sent through the autoencoder"
     images = render(random_scenes(n, torch.Generator().manual_seed(seed)))
-    decoded = vae.decode(vae.encode(images*2 - 1).latent_dist.mode()).sample/2 + .5
-    return -10*math.log10(F.mse_loss(decoded.clamp(0, 1), images).item())
+    decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+    return -10 * math.log10(F.mse_loss(decoded.clamp(0, 1), images).item())
 
 # %% ../nbs/90_embedded.ipynb #492047f2
 coded = ("shape", "color", "background", "x", "y", "size", "angle")  # the first columns of `scenes_from_uniform`
 
+
 def code_directions(
-    channels: int=4,  # of the latents
-    side: int=8,      # of the latents
-) -> torch.Tensor:    # `[7, channels*side*side]`, orthonormal
+    channels: int = 4,  # of the latents
+    side: int = 8,  # of the latents
+) -> torch.Tensor:  # `[7, channels*side*side]`, orthonormal
     "Fixed low-frequency patterns (cosines, as in the DCT), one for each coded attribute"
-    grid = (torch.arange(side) + .5)*math.pi/side
+    grid = (torch.arange(side) + 0.5) * math.pi / side
     waves = [torch.ones(side, side), grid.cos()[None, :].expand(side, side), grid.cos()[:, None].expand(side, side)]
     places = [(1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 0), (1, 1)]  # (channel, wave) by attribute
     directions = torch.zeros(len(coded), channels, side, side)
-    for direction, (channel, wave) in zip(directions, places): direction[channel] = waves[wave]/waves[wave].norm()
+    for direction, (channel, wave) in zip(directions, places):
+        direction[channel] = waves[wave] / waves[wave].norm()
     return directions.flatten(1)
 
 # %% ../nbs/90_embedded.ipynb #a645bfe5
 def couple(
-    noise: torch.Tensor,       # `[B,4,8,8]` standard normal
-    codes: torch.Tensor,       # `[B,7]` uniform in (0,1)
+    noise: torch.Tensor,  # `[B,4,8,8]` standard normal
+    codes: torch.Tensor,  # `[B,7]` uniform in (0,1)
     directions: torch.Tensor,  # from `code_directions`
-) -> torch.Tensor:             # `[B,4,8,8]`, still standard normal
+) -> torch.Tensor:  # `[B,4,8,8]`, still standard normal
     "Write each code, as a normal quantile, into the noise along its direction; raises ValueError where codes and directions differ in number"
     if codes.shape != (len(noise), len(directions)):
-        raise ValueError(f"codes has shape {list(codes.shape)}; give {[len(noise), len(directions)]}, one number for each noise and direction.")
-    flat, quantiles = noise.flatten(1), torch.special.ndtri(codes.clamp(1e-4, 1-1e-4))
+        raise ValueError(
+            f"codes has shape {list(codes.shape)}; give {[len(noise), len(directions)]}, one number for each noise and direction."
+        )
+    flat, quantiles = noise.flatten(1), torch.special.ndtri(codes.clamp(1e-4, 1 - 1e-4))
     return (flat + (quantiles - flat @ directions.T) @ directions).view_as(noise)
 
 # %% ../nbs/90_embedded.ipynb #8acffe8f
 def bridge(
-    clean: torch.Tensor,           # `[B,4,8,8]` scaled latents of the image
-    start: torch.Tensor,           # `[B,4,8,8]` the initial noise, at the last timestep
-    timestep: torch.Tensor,        # `[B]`
+    clean: torch.Tensor,  # `[B,4,8,8]` scaled latents of the image
+    start: torch.Tensor,  # `[B,4,8,8]` the initial noise, at the last timestep
+    timestep: torch.Tensor,  # `[B]`
     alphas_cumprod: torch.Tensor,  # `[1000]`
-    noise: torch.Tensor,           # `[B,4,8,8]`
-) -> torch.Tensor:                 # `[B,4,8,8]`
+    noise: torch.Tensor,  # `[B,4,8,8]`
+) -> torch.Tensor:  # `[B,4,8,8]`
     "Sample x_t given both ends: exactly what DDIM with eta=1 does from `start` if it predicts `clean`"
     last, now = alphas_cumprod[-1], alphas_cumprod[timestep].view(-1, 1, 1, 1)
-    ratio = last/now
-    mean = (now.sqrt()*(1-ratio)*clean + ratio.sqrt()*(1-now)*start)/(1-last)
-    return mean + ((1-now)*(1-ratio)/(1-last)).sqrt()*noise
+    ratio = last / now
+    mean = (now.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - now) * start) / (1 - last)
+    return mean + ((1 - now) * (1 - ratio) / (1 - last)).sqrt() * noise
 
 # %% ../nbs/90_embedded.ipynb #fd032938
 def build_scheduler() -> DDIMScheduler:
     "SD-Turbo's noise levels and trailing timesteps"
-    return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-                         steps_offset=1, timestep_spacing="trailing", prediction_type="v_prediction")
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
 
 # %% ../nbs/90_embedded.ipynb #8044d234
 def build_unet() -> UNet2DConditionModel:
     "Two resolutions, cross-attention at both, velocity prediction"
     return UNet2DConditionModel(
-        sample_size=image_size//4, in_channels=4, out_channels=4, block_out_channels=(48, 96), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",)*2, up_block_types=("CrossAttnUpBlock2D",)*2,
-        cross_attention_dim=64, attention_head_dim=6, norm_num_groups=8)
+        sample_size=image_size // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=64,
+        attention_head_dim=6,
+        norm_num_groups=8,
+    )
 
 # %% ../nbs/90_embedded.ipynb #44f870c7
 class LatentWorld:
     "Many renders, encoded once, with the uniform numbers that they were made from"
+
     def __init__(self, vae, n=100_000, seed=0):
-        generator = torch.Generator().manual_seed(seed+1)
+        generator = torch.Generator().manual_seed(seed + 1)
         self.uniform = torch.rand(n, 9, generator=generator)
         with torch.no_grad():
-            self.latents = torch.cat([vae.encode(render(scenes_from_uniform(u))*2 - 1).latent_dist.mode() for u in self.uniform.split(500)])
+            self.latents = torch.cat(
+                [vae.encode(render(scenes_from_uniform(u)) * 2 - 1).latent_dist.mode() for u in self.uniform.split(500)]
+            )
         self.latents *= vae.config.scaling_factor
 
     def batch(self, n, generator):
@@ -329,88 +425,109 @@ class LatentWorld:
         uniform = self.uniform[index]
         scenes = scenes_from_uniform(uniform)
         level = torch.multinomial(torch.tensor(list(caption_mix.values())), n, True, generator=generator)
-        codes, fresh, captions = uniform[:, :len(coded)].clone(), torch.rand(n, 3, generator=generator), []
+        codes, fresh, captions = uniform[:, : len(coded)].clone(), torch.rand(n, 3, generator=generator), []
         names = dict(shape=list(shapes), color=list(colors), background=list(backgrounds))
         for i, named in enumerate([list(caption_mix)[l] for l in level]):
             captions.append(caption(**{k: names[k][getattr(scenes, k)[i]] for k in named}))
-            for k in named: codes[i, coded.index(k)] = fresh[i, coded.index(k)]
+            for k in named:
+                codes[i, coded.index(k)] = fresh[i, coded.index(k)]
         return self.latents[index], codes, captions
 
 # %% ../nbs/90_embedded.ipynb #4f87bf38
 def train_unet(
-    vae,                    # trained
-    tokenizer,              # from `build_tokenizer`
-    text_encoder,           # trained, frozen here
-    iterations: int=7000,   # updates of `batch_size` latents
-    planned: int=11500,     # updates that the learning rate's cosine is planned for; the average is good enough well before
-    batch_size: int=48,     # latents an update
-    learning_rate: float=1.5e-3,  # the peak
-    seed: int=0,            # of the weights and all noise
-    log: Path=None,         # training curve
-    num_scenes: int=100_000, # how many renders are encoded in advance
+    vae,  # trained
+    tokenizer,  # from `build_tokenizer`
+    text_encoder,  # trained, frozen here
+    iterations: int = 7000,  # updates of `batch_size` latents
+    planned: int = 11500,  # updates that the learning rate's cosine is planned for; the average is good enough well before
+    batch_size: int = 48,  # latents an update
+    learning_rate: float = 1.5e-3,  # the peak
+    seed: int = 0,  # of the weights and all noise
+    log: Path = None,  # training curve
+    num_scenes: int = 100_000,  # how many renders are encoded in advance
 ) -> UNet2DConditionModel:
     "Velocity regression on bridge samples, a good third at the first timestep; returns the running average of the weights"
     torch.manual_seed(seed)
-    generator, unet = torch.Generator().manual_seed(seed+1), build_unet()
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.998))
+    generator, unet = torch.Generator().manual_seed(seed + 1), build_unet()
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     world, alphas, directions = LatentWorld(vae, num_scenes, seed), build_scheduler().alphas_cumprod, code_directions()
     table = {c: i for i, c in enumerate(caption_table())}
-    with torch.no_grad(): hidden = text_encoder(tokenize(tokenizer, list(table))).last_hidden_state
+    with torch.no_grad():
+        hidden = text_encoder(tokenize(tokenizer, list(table))).last_hidden_state
 
     def loss(step):
         clean, codes, captions = world.batch(batch_size, generator)
         start = couple(torch.randn(clean.shape, generator=generator), codes, directions)
         timestep = torch.randint(1000, (batch_size,), generator=generator)
-        timestep[torch.rand(batch_size, generator=generator) < .35] = 999
+        timestep[torch.rand(batch_size, generator=generator) < 0.35] = 999
         noisy = bridge(clean, start, timestep, alphas, torch.randn(clean.shape, generator=generator))
         alpha = alphas[timestep].view(-1, 1, 1, 1)
-        velocity = (alpha.sqrt()*noisy - clean)/(1-alpha).sqrt()
+        velocity = (alpha.sqrt() * noisy - clean) / (1 - alpha).sqrt()
         embedding = hidden[torch.tensor([table[c] for c in captions])]
         return F.mse_loss(unet(noisy, timestep, embedding).sample, velocity)
 
     def after(step):
-        if step % 2 == 0: average.update_parameters(unet)
+        if step % 2 == 0:
+            average.update_parameters(unet)
+
     fit(unet.parameters(), loss, iterations, learning_rate, "unet", log, after, planned)
     return average.module.eval()
 
 # %% ../nbs/90_embedded.ipynb #8348d812
 def assemble(
-    vae, text_encoder, tokenizer, unet,  # the trained parts
+    vae,
+    text_encoder,
+    tokenizer,
+    unet,  # the trained parts
 ) -> StableDiffusionPipeline:
     "The very class that SD-Turbo is"
-    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 # %% ../nbs/90_embedded.ipynb #28d4f035
 def save_half(
-    model,       # a module
+    model,  # a module
     path: Path,  # where its weights go
 ):
     "Weights as half-precision safetensors: half the size, and no picture changes visibly"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, path)
 
+
 def export_embedded(
-    pipeline,        # from `assemble`; its weights are rounded to half precision in passing
+    pipeline,  # from `assemble`; its weights are rounded to half precision in passing
     networks: dict,  # "oracle", "alignment" and "aesthetic" by name
-    folder: Path,    # the package's assets folder
+    folder: Path,  # the package's assets folder
 ):
     "Write what the package ships: a diffusers folder and three small networks"
     folder = Path(folder)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder): part.half()
-    pipeline.save_pretrained(folder/"tiny", safe_serialization=True)
-    config = folder/"tiny"/"text_encoder"/"config.json"  # it would make stock diffusers load this part alone in half precision
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.half()
+    pipeline.save_pretrained(folder / "tiny", safe_serialization=True)
+    config = (
+        folder / "tiny" / "text_encoder" / "config.json"
+    )  # it would make stock diffusers load this part alone in half precision
     write_json(config, {**read_json(config), "dtype": "float32"})
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder): part.float()
-    for name, network in networks.items(): save_half(network, folder/"networks"/f"{name}.safetensors")
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.float()
+    for name, network in networks.items():
+        save_half(network, folder / "networks" / f"{name}.safetensors")
 
 # %% ../nbs/90_embedded.ipynb #c217455f
 def stage(
     path: Path,  # where the result is kept
-    train,       # makes a module
-    empty,       # makes the same module, untrained
+    train,  # makes a module
+    empty,  # makes the same module, untrained
 ):
     "Train, or read what an earlier, interrupted call has trained"
     if not path.is_file():
@@ -422,58 +539,88 @@ def stage(
 
 # %% ../nbs/90_embedded.ipynb #6e14dfa5
 def check_recipe(
-    folder: Path,    # where the training goes
-    fraction: float, # of the full recipe
-    seed: int,       # of everything
-) -> dict:           # the recipe, as the folder remembers it
+    folder: Path,  # where the training goes
+    fraction: float,  # of the full recipe
+    seed: int,  # of everything
+) -> dict:  # the recipe, as the folder remembers it
     "Raise ValueError for a recipe that cannot be, or that differs from the one this folder was begun with"
     folder = Path(folder)
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction <= 10:
         raise ValueError(f"fraction is {fraction!r}; give a number above 0 and at most 10.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63: raise ValueError(f"seed is {seed!r}; give a whole number, 0 or more.")
-    if folder.exists() and not folder.is_dir(): raise ValueError(f"folder is {str(folder)!r}, which is a file; give the name of a folder.")
-    recipe, begun = dict(fraction=fraction, seed=seed), folder/"recipe.json"
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; give a whole number, 0 or more.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder is {str(folder)!r}, which is a file; give the name of a folder.")
+    recipe, begun = dict(fraction=fraction, seed=seed), folder / "recipe.json"
     if begun.is_file() and read_json(begun) != recipe:
-        raise ValueError(f"folder {str(folder)!r} holds a training with {read_json(begun)}, this one has {recipe}; go on with those numbers or give another folder.")
+        raise ValueError(
+            f"folder {str(folder)!r} holds a training with {read_json(begun)}, this one has {recipe}; go on with those numbers or give another folder."
+        )
     return recipe
 
 # %% ../nbs/90_embedded.ipynb #986a6026
 def train_embedded(
-    folder: Path,      # results, logs and the finished assets go here
-    fraction: float=1, # of the full number of updates and scenes; a small one makes a quick rehearsal
-    seed: int=0,       # of everything
+    folder: Path,  # results, logs and the finished assets go here
+    fraction: float = 1,  # of the full number of updates and scenes; a small one makes a quick rehearsal
+    seed: int = 0,  # of everything
 ):
     "The whole recipe, stage by stage; an interrupted call goes on where it stopped. Raises ValueError for an impossible recipe"
     recipe, folder = check_recipe(folder, fraction, seed), Path(folder)
-    write_json(folder/"recipe.json", recipe)
-    log, n = folder/"log.jsonl", lambda full: max(2, int(full*fraction))
-    tokenizer = build_tokenizer(folder/"tokenizer")
-    oracle = stage(folder/"oracle.safetensors", lambda: train_oracle(n(1500), seed, log), Oracle)
+    write_json(folder / "recipe.json", recipe)
+    log, n = folder / "log.jsonl", lambda full: max(2, int(full * fraction))
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    oracle = stage(folder / "oracle.safetensors", lambda: train_oracle(n(1500), seed, log), Oracle)
+
     def alignment():
         text_encoder, model = train_alignment(tokenizer, n(2000), seed, log)
         return nn.ModuleDict(dict(text=text_encoder, alignment=model))
-    both = stage(folder/"alignment.safetensors", alignment, lambda: nn.ModuleDict(dict(text=build_text_encoder(tokenizer), alignment=AlignmentModel())))
-    aesthetic = stage(folder/"aesthetic.safetensors", lambda: train_aesthetic(n(1500), seed, log), AestheticModel)
-    vae = stage(folder/"vae.safetensors", lambda: train_vae(n(2400), seed, log), build_vae)
+
+    both = stage(
+        folder / "alignment.safetensors",
+        alignment,
+        lambda: nn.ModuleDict(dict(text=build_text_encoder(tokenizer), alignment=AlignmentModel())),
+    )
+    aesthetic = stage(folder / "aesthetic.safetensors", lambda: train_aesthetic(n(1500), seed, log), AestheticModel)
+    vae = stage(folder / "vae.safetensors", lambda: train_vae(n(2400), seed, log), build_vae)
     measure_scale(vae, seed)
-    def denoiser(): return train_unet(vae, tokenizer, both["text"], n(7000), n(11500), seed=seed, log=log, num_scenes=min(n(100_000), 100_000))
-    unet = stage(folder/"unet.safetensors", denoiser, build_unet)
-    export_embedded(assemble(vae, both["text"], tokenizer, unet), dict(oracle=oracle, alignment=both["alignment"], aesthetic=aesthetic), folder/"assets")
+
+    def denoiser():
+        return train_unet(
+            vae, tokenizer, both["text"], n(7000), n(11500), seed=seed, log=log, num_scenes=min(n(100_000), 100_000)
+        )
+
+    unet = stage(folder / "unet.safetensors", denoiser, build_unet)
+    export_embedded(
+        assemble(vae, both["text"], tokenizer, unet),
+        dict(oracle=oracle, alignment=both["alignment"], aesthetic=aesthetic),
+        folder / "assets",
+    )
 
 # %% ../nbs/90_embedded.ipynb #dfa58b9e
 def embedded_command(
-    arguments: list=None,  # of the command line; None: those of this process
+    arguments: list = None,  # of the command line; None: those of this process
 ):
     "Train the embedded model: python -m sdpo_nb.embedded FOLDER"
-    parser = argparse.ArgumentParser(prog="python -m sdpo_nb.embedded", description="Train the embedded few-step model from renders alone. "
-                                     "Progress goes to FOLDER/log.jsonl, what the package ships to FOLDER/assets; an interrupted training goes on.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sdpo_nb.embedded",
+        description="Train the embedded few-step model from renders alone. "
+        "Progress goes to FOLDER/log.jsonl, what the package ships to FOLDER/assets; an interrupted training goes on.",
+    )
     parser.add_argument("folder", help="where results, logs and the finished assets go")
-    parser.add_argument("--fraction", type=float, default=1., help="of the full number of updates and scenes; 0.002 is a rehearsal of every stage")
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=1.0,
+        help="of the full number of updates and scenes; 0.002 is a rehearsal of every stage",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     recipe = vars(parser.parse_args(arguments))
-    try: check_recipe(**recipe)
-    except ValueError as error: parser.error(str(error))
+    try:
+        check_recipe(**recipe)
+    except ValueError as error:
+        parser.error(str(error))
     train_embedded(**recipe)
 
 # %% ../nbs/90_embedded.ipynb #f10c3cfa
-if __name__ == "__main__" and "__file__" in globals(): embedded_command()  # a notebook is "__main__" too, but no file
+if __name__ == "__main__" and "__file__" in globals():
+    embedded_command()  # a notebook is "__main__" too, but no file

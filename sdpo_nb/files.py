@@ -18,9 +18,9 @@ from urllib.request import urlopen
 
 # %% ../nbs/00_files.ipynb #281729fa
 def atomic_write(
-    path,              # where to; missing folders are created
-    data: bytes | str, # the whole content; text is written as UTF-8
-) -> Path:             # `path`
+    path,  # where to; missing folders are created
+    data: bytes | str,  # the whole content; text is written as UTF-8
+) -> Path:  # `path`
     "Write a file so that whoever reads it finds the old content or the new, whatever happens in between"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,23 +31,28 @@ def atomic_write(
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    finally: unfinished.unlink(missing_ok=True)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_files.ipynb #8c83b87a
 def to_plain(
     value,  # numbers, text, tensors, paths, and lists, tuples and mappings of them
-):          # what `json` can write
+):  # what `json` can write
     "Make a value fit for JSON; numbers that are not finite become None"
-    if hasattr(value, "tolist"): value = value.tolist()
-    if isinstance(value, dict): return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)): return [to_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value): return None
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value
 
 # %% ../nbs/00_files.ipynb #0d7b80ef
 def write_json(
-    path,   # where to
+    path,  # where to
     value,  # see `to_plain`
 ) -> Path:  # `path`
     "Write a value as an indented JSON file, atomically"
@@ -56,25 +61,28 @@ def write_json(
 # %% ../nbs/00_files.ipynb #53c6cde8
 def read_json(
     path,  # a file that `write_json` wrote, or any other JSON
-):         # its value
+):  # its value
     "Read a JSON file. Raises `FileNotFoundError` or `ValueError` with one sentence"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"There is no file {str(path)!r}: check the folder's name.")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{str(path)!r} is not valid JSON ({error}): restore it from a copy, or delete it.") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}: check the folder's name.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): restore it from a copy, or delete it.") from error
 
 # %% ../nbs/00_files.ipynb #a894fa09
 def json_line(
     record: dict,  # see `to_plain`
-) -> str:          # with the line break
+) -> str:  # with the line break
     "One record as one line of JSON"
     return json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 # %% ../nbs/00_files.ipynb #d9177f75
 def append_jsonl(
-    path,          # created where missing
+    path,  # created where missing
     record: dict,  # one line
-) -> Path:         # `path`
+) -> Path:  # `path`
     "Append a record to a JSON lines file, in place of a line that an accident has torn"
     path, line = Path(path), json_line(record).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,37 +96,50 @@ def append_jsonl(
 
 # %% ../nbs/00_files.ipynb #89a99046
 def read_jsonl(
-    path,    # a JSON lines file
-) -> list:   # its records; a torn last line is left out
+    path,  # a JSON lines file
+) -> list:  # its records; a torn last line is left out
     "Read a JSON lines file. Raises `FileNotFoundError` or `ValueError` with one sentence"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"There is no file {str(path)!r}: check the folder's name.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}: check the folder's name.")
     whole, records = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1], []
     for number, line in enumerate(whole, 1):
-        try: records.append(json.loads(line))
-        except ValueError as error: raise ValueError(f"Line {number} of {str(path)!r} is not valid JSON ({error}): delete that line.") from error
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is not valid JSON ({error}): delete that line."
+            ) from error
     return records
 
 # %% ../nbs/00_files.ipynb #ba10ce5c
 def write_jsonl(
-    path,           # where to
+    path,  # where to
     records: list,  # dictionaries, one a line
-) -> Path:          # `path`
+) -> Path:  # `path`
     "Write a whole JSON lines file, atomically"
     return atomic_write(path, "".join(map(json_line, records)))
 
 # %% ../nbs/00_files.ipynb #3f5ba296
-results_folder = Path(__file__).parent.parent/"benchmarks"/"results" if "__file__" in globals() else Path("../benchmarks/results")
+results_folder = (
+    Path(__file__).parent.parent / "benchmarks" / "results"
+    if "__file__" in globals()
+    else Path("../benchmarks/results")
+)
 results_address = "https://raw.githubusercontent.com/sdpo-nb/sdpo_nb/main/benchmarks/results"
 
 # %% ../nbs/00_files.ipynb #39b2df84
 def read_results(
     name: str,  # a file below `benchmarks/results`, such as "experiments/main.jsonl"
-) -> list:      # its records
+) -> list:  # its records
     "Committed raw results, from the checkout or else from the repository's address. Raises `FileNotFoundError` with one sentence"
-    if (results_folder/name).is_file(): return read_jsonl(results_folder/name)
+    if (results_folder / name).is_file():
+        return read_jsonl(results_folder / name)
     try:
-        with urlopen(f"{results_address}/{name}", timeout=30) as answer: text = answer.read().decode()
+        with urlopen(f"{results_address}/{name}", timeout=30) as answer:
+            text = answer.read().decode()
     except OSError as error:
-        raise FileNotFoundError(f"There are no results {name!r} in {str(results_folder)!r} nor at {results_address} ({error}): clone the repository.") from error
+        raise FileNotFoundError(
+            f"There are no results {name!r} in {str(results_folder)!r} nor at {results_address} ({error}): clone the repository."
+        ) from error
     return [json.loads(line) for line in text.splitlines()]

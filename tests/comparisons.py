@@ -1,10 +1,12 @@
 """When two runs are the same."""
+
 import torch
 
 from sdpo_nb.files import read_jsonl
 
 
-def weights(trainer): return trainer.policy.lora_state()
+def weights(trainer):
+    return trainer.policy.lora_state()
 
 
 def same_weights(first, second):
@@ -15,11 +17,14 @@ def same_weights(first, second):
 
 def without_clock(run):
     "What a run noted, its seconds left out"
-    return [{name: value for name, value in record.items() if not name.startswith('seconds/')} for record in read_jsonl(run/'metrics.jsonl')]
+    return [
+        {name: value for name, value in record.items() if not name.startswith("seconds/")}
+        for record in read_jsonl(run / "metrics.jsonl")
+    ]
 
 
 def same_learning(first, second, alone, untrained):
     "Two processes agree bit by bit, and with one process nearly: AdamW divides by the size of the gradient, so rounding shows where it is tiny; compare with what was learnt in all"
     assert all(torch.equal(first[name], second[name]) for name in first)
     moved = max((alone[name] - start).abs().max().item() for name, start in untrained.items())
-    assert moved > 0 and max((first[name] - alone[name]).abs().max().item() for name in first) < .05*moved
+    assert moved > 0 and max((first[name] - alone[name]).abs().max().item() for name in first) < 0.05 * moved

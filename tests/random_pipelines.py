@@ -1,4 +1,5 @@
 """Tiny, randomly initialised, real diffusers pipelines, built offline: small enough for a CPU, big enough to be exercised."""
+
 import json
 from pathlib import Path
 
@@ -9,8 +10,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 WORDS = "a the red blue circle square on background cat dog".split()
 
 # The numbers every Stable Diffusion model shares, with SD-Turbo's trailing spacing.
-SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
+SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    timestep_spacing="trailing",
+)
 
 
 def random_tokenizer(folder: Path, model_max_length: int = 10) -> CLIPTokenizer:
@@ -37,36 +46,70 @@ def random_tokenizer(folder: Path, model_max_length: int = 10) -> CLIPTokenizer:
 def random_unet(width: int = 16, sample_size: int = 8) -> UNet2DConditionModel:
     "A conditional UNet of two levels with attention in the lower one and in the middle."
     return UNet2DConditionModel(
-        sample_size=sample_size, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(width, 2 * width),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, cross_attention_dim=16, attention_head_dim=8)
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
 
 
 def random_vae() -> AutoencoderKL:
     "An autoencoder that turns 4×8×8 latents into 16×16 pictures."
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, scaling_factor=0.3)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+        scaling_factor=0.3,
+    )
 
 
 def random_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     "A one-layer CLIP text encoder that fits the tokenizer."
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
 
 
-def random_stable_diffusion(folder, *, prediction_type: str = "epsilon", seed: int = 0, **scheduler_config) -> StableDiffusionPipeline:
+def random_stable_diffusion(
+    folder, *, prediction_type: str = "epsilon", seed: int = 0, **scheduler_config
+) -> StableDiffusionPipeline:
     "A random `StableDiffusionPipeline`, also saved in `folder` in the diffusers layout."
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = random_tokenizer(folder / "tokenizer")
         pipeline = StableDiffusionPipeline(
-            unet=random_unet(), vae=random_vae(), text_encoder=random_text_encoder(tokenizer), tokenizer=tokenizer,
+            unet=random_unet(),
+            vae=random_vae(),
+            text_encoder=random_text_encoder(tokenizer),
+            tokenizer=tokenizer,
             scheduler=DDIMScheduler(**(SCHEDULER | dict(prediction_type=prediction_type) | scheduler_config)),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline

@@ -1,4 +1,5 @@
 "Returns and advantages: parity with the reference vectors, a slow deque loop, exact resume."
+
 import importlib.util
 import io
 import json
@@ -241,7 +242,13 @@ def test_variance_parts_add_up(rows):
 
 @pytest.mark.parametrize(
     "name, removed",
-    [("step", ["step"]), ("prompt", ["prompt"]), ("step_prompt", ["step", "prompt", "prompt × step"]), ("batch", []), ("none", [])],
+    [
+        ("step", ["step"]),
+        ("prompt", ["prompt"]),
+        ("step_prompt", ["step", "prompt", "prompt × step"]),
+        ("batch", []),
+        ("none", []),
+    ],
 )
 def test_each_normalizer_removes_its_part_of_the_variance(name, removed):
     prompts, noise = next(epochs(1, rows=200))
@@ -251,7 +258,10 @@ def test_each_normalizer_removes_its_part_of_the_variance(name, removed):
     assert {part for part, value in parts.items() if value < 1e-9} == set(removed)
 
 
-@pytest.mark.parametrize("prompts, returns", [(["cat"], torch.ones(2, 3)), (["cat"], torch.ones(1)), (["cat"], torch.tensor([[float("nan")]]))])
+@pytest.mark.parametrize(
+    "prompts, returns",
+    [(["cat"], torch.ones(2, 3)), (["cat"], torch.ones(1)), (["cat"], torch.tensor([[float("nan")]]))],
+)
 def test_variance_parts_refuse_bad_values(prompts, returns):
     with pytest.raises(ValueError, match="returns (has shape|of row)"):
         variance_parts(returns, prompts)
@@ -268,7 +278,10 @@ def test_the_mean_cancels_in_pairs(name):
 def test_an_offset_of_prompt_and_step_is_not_seen():
     prompts, returns = next(epochs(1, rows=60))
     offset = torch.stack([100.0 * NAMES.index(prompt) + torch.arange(7.0) for prompt in prompts]).double()
-    plain, shifted = (StepPromptNormalizer(min_count=1, buffer_size=60).update(prompts, values) for values in (returns.double(), returns.double() + offset))
+    plain, shifted = (
+        StepPromptNormalizer(min_count=1, buffer_size=60).update(prompts, values)
+        for values in (returns.double(), returns.double() + offset)
+    )
     torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-9)
 
 
@@ -308,8 +321,18 @@ def test_the_experiment_runs_and_resumes(benchmark, monkeypatch):
 def test_committed_results_are_complete():
     lines = read_jsonl(SCRIPT.parent / "results" / "experiments" / "advantage_variance.jsonl")
     assert len({line["reward"] for line in lines}) >= 2 and len({line["seed"] for line in lines}) >= 5
-    assert len({(line["reward"], line["seed"]) for line in lines}) == len(lines) == len({line["reward"] for line in lines}) * len({line["seed"] for line in lines})
+    assert (
+        len({(line["reward"], line["seed"]) for line in lines})
+        == len(lines)
+        == len({line["reward"] for line in lines}) * len({line["seed"] for line in lines})
+    )
     for line in lines:
-        assert {"recipe", "config", "versions", "machine", "seconds"} <= set(line) and set(line["normalizers"]) == set(normalizers)
+        assert {"recipe", "config", "versions", "machine", "seconds"} <= set(line) and set(line["normalizers"]) == set(
+            normalizers
+        )
         for found in line["normalizers"].values():
-            assert np.shape(found["mean"]) == np.shape(found["difference"]) == (len(line["prompts"]), line["config"]["num_steps"])
+            assert (
+                np.shape(found["mean"])
+                == np.shape(found["difference"])
+                == (len(line["prompts"]), line["config"]["num_steps"])
+            )

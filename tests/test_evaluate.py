@@ -1,4 +1,5 @@
 """Evaluation deals the same pairs at every step count, measures what it says, and compares only what belongs together."""
+
 import json
 import math
 from types import SimpleNamespace
@@ -7,8 +8,22 @@ import pytest
 import torch
 
 import sdpo_nb.evaluate as evaluate
-from sdpo_nb.evaluate import (StepEvaluation, agreement_share, compare, comparison_table, coverage, evaluation_pairs, gains_over_seeds, prompt_diversity,
-                              read_attributes, seed_interval, shrink, spread_indices, step_generalization, t_quantile)
+from sdpo_nb.evaluate import (
+    StepEvaluation,
+    agreement_share,
+    compare,
+    comparison_table,
+    coverage,
+    evaluation_pairs,
+    gains_over_seeds,
+    prompt_diversity,
+    read_attributes,
+    seed_interval,
+    shrink,
+    spread_indices,
+    step_generalization,
+    t_quantile,
+)
 from sdpo_nb.files import read_json, write_json
 from sdpo_nb.mdp import make_ddim
 from sdpo_nb.models import Policy
@@ -18,10 +33,11 @@ from random_pipelines import SCHEDULER, random_stable_diffusion
 
 class WorldPolicy:
     "Draws what the prompt names by arithmetic; a share of its pictures, larger at few steps, shows another scene. Remembers every call."
-    latent_shape, device = (3, 32, 32), torch.device('cpu')
+
+    latent_shape, device = (3, 32, 32), torch.device("cpu")
     pipeline = SimpleNamespace(vae_scale_factor=1)
 
-    def __init__(self, skill=1., brightness=0.):
+    def __init__(self, skill=1.0, brightness=0.0):
         self.scheduler = self.own_scheduler = make_ddim(SCHEDULER)
         self.skill, self.brightness, self.calls = skill, brightness, []
 
@@ -32,29 +48,38 @@ class WorldPolicy:
         for prompt, seed in zip(prompts, seeds):
             generator = torch.Generator().manual_seed(seed)
             scene, luck = random_scenes(1, generator), torch.rand(1, generator=generator).item()
-            if luck < self.skill*(1 - .5/num_steps):
-                for attribute, index in parse_caption(prompt).items(): setattr(scene, attribute, torch.tensor([index]))
+            if luck < self.skill * (1 - 0.5 / num_steps):
+                for attribute, index in parse_caption(prompt).items():
+                    setattr(scene, attribute, torch.tensor([index]))
             images.append(render(scene)[0] + self.brightness)
         return torch.stack(images)
 
-    def decode(self, latents, batch_size=64): return latents.clamp(0, 1)
+    def decode(self, latents, batch_size=64):
+        return latents.clamp(0, 1)
 
 
 def reference_oracle(images):
     "Reads background and colour by the nearest known paint in a corner and in the middle"
-    def nearest(pixels, table): return -torch.cdist(pixels, torch.tensor(list(table.values())))
-    return {'background': nearest(images[:, :, :2, :2].mean((2, 3)), backgrounds), 'color': nearest(images[:, :, 15:17, 15:17].mean((2, 3)), colors)}
+
+    def nearest(pixels, table):
+        return -torch.cdist(pixels, torch.tensor(list(table.values())))
+
+    return {
+        "background": nearest(images[:, :, :2, :2].mean((2, 3)), backgrounds),
+        "color": nearest(images[:, :, 15:17, 15:17].mean((2, 3)), colors),
+    }
 
 
-def brightness(images, prompts): return images.mean((1, 2, 3))
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
 
 
-PROMPTS = [caption('square', color, background) for color, background in zip(colors, [*backgrounds, 'white'])]
+PROMPTS = [caption("square", color, background) for color, background in zip(colors, [*backgrounds, "white"])]
 
 
 @pytest.fixture
 def oracle(monkeypatch):
-    monkeypatch.setattr(evaluate, 'load_network', lambda name: SimpleNamespace(to=lambda device: reference_oracle))
+    monkeypatch.setattr(evaluate, "load_network", lambda name: SimpleNamespace(to=lambda device: reference_oracle))
 
 
 def test_pairs_are_the_same_at_every_step_count_and_batch_size(oracle):
@@ -62,9 +87,12 @@ def test_pairs_are_the_same_at_every_step_count_and_batch_size(oracle):
     step_generalization(policy, brightness, PROMPTS, steps=(1, 4), samples=10, batch_size=4)
     step_generalization(policy, brightness, PROMPTS, steps=(8,), samples=10, batch_size=128)
     dealt = {}
-    for num_steps, prompts, seeds, *_ in policy.calls: dealt.setdefault(num_steps, []).extend(zip(prompts, seeds))
+    for num_steps, prompts, seeds, *_ in policy.calls:
+        dealt.setdefault(num_steps, []).extend(zip(prompts, seeds))
     assert dealt[1] == dealt[4] == dealt[8]
-    assert [prompt for prompt, _ in dealt[1]] == [PROMPTS[index % 6] for index in range(10)] and len(set(dealt[1])) == 10
+    assert [prompt for prompt, _ in dealt[1]] == [PROMPTS[index % 6] for index in range(10)] and len(
+        set(dealt[1])
+    ) == 10
 
 
 def test_more_samples_only_add_pairs():
@@ -74,20 +102,35 @@ def test_more_samples_only_add_pairs():
 
 def test_options_reach_the_sampler(oracle):
     policy = WorldPolicy()
-    step_generalization(policy, brightness, PROMPTS, steps=(2,), samples=3, eta=.5, own_scheduler=True)
-    assert policy.calls[0][3:] == (.5, True)
+    step_generalization(policy, brightness, PROMPTS, steps=(2,), samples=3, eta=0.5, own_scheduler=True)
+    assert policy.calls[0][3:] == (0.5, True)
 
 
 def test_numbers_are_those_of_the_pictures(oracle):
-    policy = WorldPolicy(skill=.9)
-    result = step_generalization(policy, brightness, PROMPTS, steps=(1, 8), samples=40, batch_size=16, other_rewards={'dark': lambda *both: -brightness(*both)})
+    policy = WorldPolicy(skill=0.9)
+    result = step_generalization(
+        policy,
+        brightness,
+        PROMPTS,
+        steps=(1, 8),
+        samples=40,
+        batch_size=16,
+        other_rewards={"dark": lambda *both: -brightness(*both)},
+    )
     prompts, seeds = evaluation_pairs(PROMPTS, 40, 0)
-    images = torch.stack([policy.sample(prompts, steps, seeds=seeds, eta=1, own_scheduler=False, batch_size=40, return_latents=True) for steps in (1, 8)])
+    images = torch.stack(
+        [
+            policy.sample(prompts, steps, seeds=seeds, eta=1, own_scheduler=False, batch_size=40, return_latents=True)
+            for steps in (1, 8)
+        ]
+    )
     rewards = images.mean((2, 3, 4))
-    assert torch.allclose(result.rewards, rewards) and torch.allclose(result.other_rewards['dark'], -rewards)
+    assert torch.allclose(result.rewards, rewards) and torch.allclose(result.other_rewards["dark"], -rewards)
     assert torch.allclose(result.mean, rewards.mean(1)) and torch.allclose(result.std, rewards.std(1))
     assert result.per_prompt[PROMPTS[2]] == pytest.approx(rewards[:, 2::6].mean(1).tolist())
-    assert torch.equal(result.images, images[:, result.kept]) and result.image_prompts == [prompts[index] for index in result.kept]
+    assert torch.equal(result.images, images[:, result.kept]) and result.image_prompts == [
+        prompts[index] for index in result.kept
+    ]
     assert torch.allclose(result.diversity, torch.tensor([prompt_diversity(of_step, prompts) for of_step in images]))
     assert result.agreement[1] > result.agreement[0] and 0 < result.agreement[0] < 1
     assert (result.agreement <= torch.stack([right.nanmean(1) for right in result.correct.values()]).amin(0)).all()
@@ -96,195 +139,313 @@ def test_numbers_are_those_of_the_pictures(oracle):
 def test_agreement_counts_what_is_named_only():
     images = render(random_scenes(4, torch.Generator().manual_seed(0)))
     seen = {attribute: logits.argmax(1).tolist() for attribute, logits in reference_oracle(images).items()}
-    right, wrong = list(backgrounds)[seen['background'][0]], list(backgrounds)[seen['background'][1] - 1]
-    prompts = [f'a square on a {right} background', f'a square on a {wrong} background', 'a cat', 'a square']
+    right, wrong = list(backgrounds)[seen["background"][0]], list(backgrounds)[seen["background"][1] - 1]
+    prompts = [f"a square on a {right} background", f"a square on a {wrong} background", "a cat", "a square"]
     correct = read_attributes(reference_oracle, images, prompts)
-    assert correct['background'][:2].tolist() == [1, 0] and correct['background'][2:].isnan().all() and correct['color'].isnan().all()
+    assert (
+        correct["background"][:2].tolist() == [1, 0]
+        and correct["background"][2:].isnan().all()
+        and correct["color"].isnan().all()
+    )
     table = {name: values[None] for name, values in correct.items()}
-    assert agreement_share(table).tolist() == [.5]
+    assert agreement_share(table).tolist() == [0.5]
 
 
 def test_no_oracle_for_other_worlds(monkeypatch):
-    def refuse(name): raise AssertionError('loaded for nothing')
-    monkeypatch.setattr(evaluate, 'load_network', refuse)
+    def refuse(name):
+        raise AssertionError("loaded for nothing")
+
+    monkeypatch.setattr(evaluate, "load_network", refuse)
     policy = WorldPolicy()
-    assert step_generalization(policy, brightness, ['a cat', 'a dog'], steps=(1,), samples=2).agreement is None
-    policy.pipeline = SimpleNamespace(vae_scale_factor=16)   # its pictures would be larger
+    assert step_generalization(policy, brightness, ["a cat", "a dog"], steps=(1,), samples=2).agreement is None
+    policy.pipeline = SimpleNamespace(vae_scale_factor=16)  # its pictures would be larger
     assert step_generalization(policy, brightness, PROMPTS, steps=(1,), samples=2).agreement is None
 
 
 def test_diversity():
-    flat = torch.tensor([0., .6, .2, .9])[:, None, None, None].expand(4, 3, 48, 32)
-    assert prompt_diversity(flat, list('abab')) == pytest.approx((.2 + .3)/2)
-    assert math.isnan(prompt_diversity(flat, list('abcd')))
+    flat = torch.tensor([0.0, 0.6, 0.2, 0.9])[:, None, None, None].expand(4, 3, 48, 32)
+    assert prompt_diversity(flat, list("abab")) == pytest.approx((0.2 + 0.3) / 2)
+    assert math.isnan(prompt_diversity(flat, list("abcd")))
     checkers = (torch.arange(64)[:, None] + torch.arange(64) & 1).float().expand(3, 64, 64)
-    assert prompt_diversity(torch.stack([checkers, 1 - checkers]), ['a', 'a']) == 0   # fine texture plays no part
-    assert shrink(torch.rand(2, 3, 20, 30), 32).shape == (2, 3, 20, 30) and shrink(torch.rand(2, 3, 512, 768), 256).shape == (2, 3, 171, 256)
+    assert prompt_diversity(torch.stack([checkers, 1 - checkers]), ["a", "a"]) == 0  # fine texture plays no part
+    assert shrink(torch.rand(2, 3, 20, 30), 32).shape == (2, 3, 20, 30) and shrink(
+        torch.rand(2, 3, 512, 768), 256
+    ).shape == (2, 3, 171, 256)
 
 
-@pytest.mark.parametrize('samples, prompts', [(1, 1), (2, 9), (9, 2), (256, 180), (8, 8), (7, 180)])
+@pytest.mark.parametrize("samples, prompts", [(1, 1), (2, 9), (9, 2), (256, 180), (8, 8), (7, 180)])
 def test_kept_pictures(samples, prompts):
     kept = spread_indices(samples, prompts)
     assert len(kept) == min(8, samples) and len(set(kept)) == len(kept) and 0 <= kept[0] and kept[-1] < samples
 
 
 def test_comparison_is_paired_and_follows_the_layout(oracle, tmp_path):
-    before, after = (step_generalization(WorldPolicy(skill, light), brightness, PROMPTS, steps=(1, 2, 4), samples=30, other_rewards={'dark': lambda *both: -brightness(*both)})
-                     for skill, light in [(.8, 0), (.9, .02)])
+    before, after = (
+        step_generalization(
+            WorldPolicy(skill, light),
+            brightness,
+            PROMPTS,
+            steps=(1, 2, 4),
+            samples=30,
+            other_rewards={"dark": lambda *both: -brightness(*both)},
+        )
+        for skill, light in [(0.8, 0), (0.9, 0.02)]
+    )
     result = compare(before, after)
-    assert {'steps', 'n', 'reward', 'before', 'after', 'gain', 'agreement', 'diversity'} <= set(result)
-    assert result['steps'] == [1, 2, 4] and result['n'] == 30 and result['reward'] == 'brightness'
-    difference = (after.rewards - before.rewards)
-    assert result['gain']['mean'] == pytest.approx(difference.mean(1).tolist())
-    assert result['gain']['se'] == pytest.approx((difference.std(1)/30**.5).tolist())
-    assert result['before'] == {'mean': before.mean.tolist(), 'std': before.std.tolist()}
-    assert result['after']['mean'] == after.mean.tolist() and set(result['agreement']) == set(result['diversity']) == {'before', 'after'}
-    assert result['other_rewards']['dark']['gain']['mean'] == pytest.approx((-difference.mean(1)).tolist())
-    assert set(result['attributes']) == {'background', 'color'}
-    stored = read_json(write_json(tmp_path/'evaluation.json', result | {'own_scheduler': result}))
-    assert stored['own_scheduler']['gain'] == result['gain'] == stored['gain']
+    assert {"steps", "n", "reward", "before", "after", "gain", "agreement", "diversity"} <= set(result)
+    assert result["steps"] == [1, 2, 4] and result["n"] == 30 and result["reward"] == "brightness"
+    difference = after.rewards - before.rewards
+    assert result["gain"]["mean"] == pytest.approx(difference.mean(1).tolist())
+    assert result["gain"]["se"] == pytest.approx((difference.std(1) / 30**0.5).tolist())
+    assert result["before"] == {"mean": before.mean.tolist(), "std": before.std.tolist()}
+    assert result["after"]["mean"] == after.mean.tolist() and set(result["agreement"]) == set(result["diversity"]) == {
+        "before",
+        "after",
+    }
+    assert result["other_rewards"]["dark"]["gain"]["mean"] == pytest.approx((-difference.mean(1)).tolist())
+    assert set(result["attributes"]) == {"background", "color"}
+    stored = read_json(write_json(tmp_path / "evaluation.json", result | {"own_scheduler": result}))
+    assert stored["own_scheduler"]["gain"] == result["gain"] == stored["gain"]
 
 
 def test_table_says_everything(oracle):
-    before, after = (step_generalization(WorldPolicy(1, light), brightness, PROMPTS, steps=(1, 50), samples=12) for light in (0, .05))
+    before, after = (
+        step_generalization(WorldPolicy(1, light), brightness, PROMPTS, steps=(1, 50), samples=12)
+        for light in (0, 0.05)
+    )
     result = compare(before, after)
     lines = comparison_table(result).splitlines()
-    assert 'brightness' in lines[0] and '12 fixed pairs' in lines[0] and 'DDIM' in lines[0]
-    assert lines[1].split()[:3] == ['steps', 'before', 'after'] and 'agreement' in lines[1] and 'diversity' in lines[1]
-    assert lines[2].split()[0] == '1' and lines[3].split()[0] == '50' and f"{result['after']['mean'][1]:.3f}" in lines[3]
+    assert "brightness" in lines[0] and "12 fixed pairs" in lines[0] and "DDIM" in lines[0]
+    assert lines[1].split()[:3] == ["steps", "before", "after"] and "agreement" in lines[1] and "diversity" in lines[1]
+    assert (
+        lines[2].split()[0] == "1" and lines[3].split()[0] == "50" and f"{result['after']['mean'][1]:.3f}" in lines[3]
+    )
     assert len({len(line) for line in lines[1:]}) == 1
-    assert comparison_table(result | {'own_scheduler': result}).count('fixed pairs') == 2
+    assert comparison_table(result | {"own_scheduler": result}).count("fixed pairs") == 2
 
 
 def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
-    before, after = (step_generalization(WorldPolicy(), brightness, ['a cat'], steps=(1,), samples=1) for _ in range(2))
+    before, after = (step_generalization(WorldPolicy(), brightness, ["a cat"], steps=(1,), samples=1) for _ in range(2))
     result = compare(before, after)
-    assert result['gain']['mean'] == [0] and math.isnan(result['gain']['se'][0]) and result['agreement'] == {'before': None, 'after': None}
-    stored = json.loads(write_json(tmp_path/'evaluation.json', result).read_text())
-    assert stored['gain']['se'] == [None] and stored['diversity']['before'] == [None]
-    for readable in (result, stored): assert '+0.000 ± –' in comparison_table(readable) and 'diversity' not in comparison_table(readable)
+    assert (
+        result["gain"]["mean"] == [0]
+        and math.isnan(result["gain"]["se"][0])
+        and result["agreement"] == {"before": None, "after": None}
+    )
+    stored = json.loads(write_json(tmp_path / "evaluation.json", result).read_text())
+    assert stored["gain"]["se"] == [None] and stored["diversity"]["before"] == [None]
+    for readable in (result, stored):
+        assert "+0.000 ± –" in comparison_table(readable) and "diversity" not in comparison_table(readable)
 
 
-@pytest.mark.parametrize('change, named', [(dict(steps=(1, 4)), 'steps'), (dict(seed=1), 'seed'), (dict(own_scheduler=True), 'sampler'), (dict(eta=.5), 'sampler'),
-                                           (dict(prompts=PROMPTS[:2]), 'prompts'), (dict(reward=lambda *both: brightness(*both)), 'reward')])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(steps=(1, 4)), "steps"),
+        (dict(seed=1), "seed"),
+        (dict(own_scheduler=True), "sampler"),
+        (dict(eta=0.5), "sampler"),
+        (dict(prompts=PROMPTS[:2]), "prompts"),
+        (dict(reward=lambda *both: brightness(*both)), "reward"),
+    ],
+)
 def test_only_like_is_compared(oracle, change, named):
-    def run(reward=brightness, prompts=PROMPTS, **options): return step_generalization(WorldPolicy(), reward, prompts, **{'steps': (1, 2), 'samples': 3, **options})
-    with pytest.raises(ValueError, match=f'{named} differs'): compare(run(), run(**change))
+    def run(reward=brightness, prompts=PROMPTS, **options):
+        return step_generalization(WorldPolicy(), reward, prompts, **{"steps": (1, 2), "samples": 3, **options})
+
+    with pytest.raises(ValueError, match=f"{named} differs"):
+        compare(run(), run(**change))
 
 
-@pytest.mark.parametrize('change, sentence', [
-    (dict(prompts=[]), 'prompts='), (dict(prompts='a cat'), 'prompts='), (dict(samples=0), 'samples=0'), (dict(samples=2.5), 'samples=2.5'), (dict(steps=()), 'steps='),
-    (dict(steps=4), 'steps=4'), (dict(steps=(1, 0)), 'num_steps is 0'), (dict(steps=(2000,)), 'num_steps is 2000'), (dict(batch_size=0), 'batch_size=0')])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(prompts=[]), "prompts="),
+        (dict(prompts="a cat"), "prompts="),
+        (dict(samples=0), "samples=0"),
+        (dict(samples=2.5), "samples=2.5"),
+        (dict(steps=()), "steps="),
+        (dict(steps=4), "steps=4"),
+        (dict(steps=(1, 0)), "num_steps is 0"),
+        (dict(steps=(2000,)), "num_steps is 2000"),
+        (dict(batch_size=0), "batch_size=0"),
+    ],
+)
 def test_impossible_requests_are_refused_before_sampling(oracle, change, sentence):
     policy = WorldPolicy()
-    with pytest.raises(ValueError, match=sentence): step_generalization(policy, brightness, **{'prompts': PROMPTS, **change})
+    with pytest.raises(ValueError, match=sentence):
+        step_generalization(policy, brightness, **{"prompts": PROMPTS, **change})
     assert policy.calls == []
 
 
 def test_broken_rewards_are_named(oracle):
-    with pytest.raises(ValueError, match='nan'):
-        step_generalization(WorldPolicy(), lambda images, prompts: torch.full((len(images),), torch.nan), PROMPTS, steps=(1,), samples=2)
+    with pytest.raises(ValueError, match="nan"):
+        step_generalization(
+            WorldPolicy(), lambda images, prompts: torch.full((len(images),), torch.nan), PROMPTS, steps=(1,), samples=2
+        )
 
 
 def test_a_real_pipeline_before_and_after_a_lora(tmp_path):
-    policy = Policy(random_stable_diffusion(tmp_path/'pipeline'), 'random')
+    policy = Policy(random_stable_diffusion(tmp_path / "pipeline"), "random")
     options = dict(steps=(1, 3), samples=5, batch_size=2)
-    before = step_generalization(policy, brightness, ['a cat', 'a dog'], **options)
+    before = step_generalization(policy, brightness, ["a cat", "a dog"], **options)
     assert before.images.shape == (2, 5, 3, 16, 16) and before.agreement is None and before.rewards.isfinite().all()
     policy.add_lora(rank=2)
-    untouched = step_generalization(policy, brightness, ['a cat', 'a dog'], **options)
+    untouched = step_generalization(policy, brightness, ["a cat", "a dog"], **options)
     assert torch.allclose(untouched.rewards, before.rewards, atol=1e-6)
     with torch.no_grad():
         for name, weights in policy.trainable_parameters().items():
-            if 'lora_B' in name: weights.fill_(.3)
-    after = step_generalization(policy, brightness, ['a cat', 'a dog'], **options)
-    assert max(map(abs, compare(before, after)['gain']['mean'])) > 1e-5
+            if "lora_B" in name:
+                weights.fill_(0.3)
+    after = step_generalization(policy, brightness, ["a cat", "a dog"], **options)
+    assert max(map(abs, compare(before, after)["gain"]["mean"])) > 1e-5
     with policy.without_lora():
-        assert torch.allclose(step_generalization(policy, brightness, ['a cat', 'a dog'], **options).rewards, before.rewards, atol=1e-6)
-    own = step_generalization(policy, brightness, ['a cat', 'a dog'], own_scheduler=True, **options)
-    assert own.sampler == 'DDIMScheduler' and own.rewards.isfinite().all() and isinstance(own, StepEvaluation)
+        assert torch.allclose(
+            step_generalization(policy, brightness, ["a cat", "a dog"], **options).rewards, before.rewards, atol=1e-6
+        )
+    own = step_generalization(policy, brightness, ["a cat", "a dog"], own_scheduler=True, **options)
+    assert own.sampler == "DDIMScheduler" and own.rewards.isfinite().all() and isinstance(own, StepEvaluation)
 
 
 def test_rewards_go_by_their_names_too(oracle):
-    by_name = step_generalization(WorldPolicy(), '0.5*warmth', PROMPTS, steps=(2,), samples=6, other_rewards={'colourful': 'colorfulness'})
-    images = torch.stack([WorldPolicy().sample([prompt], 2, seeds=[seed], eta=1, own_scheduler=False, batch_size=1, return_latents=True)[0]
-                          for prompt, seed in zip(*evaluation_pairs(PROMPTS, 6, 0))])
-    assert by_name.reward == '0.5*warmth' and torch.allclose(by_name.rewards[0], .5*(images[:, 0] - images[:, 2]).mean((1, 2)), atol=1e-6)
-    assert by_name.other_rewards['colourful'].shape == (1, 6)
+    by_name = step_generalization(
+        WorldPolicy(), "0.5*warmth", PROMPTS, steps=(2,), samples=6, other_rewards={"colourful": "colorfulness"}
+    )
+    images = torch.stack(
+        [
+            WorldPolicy().sample(
+                [prompt], 2, seeds=[seed], eta=1, own_scheduler=False, batch_size=1, return_latents=True
+            )[0]
+            for prompt, seed in zip(*evaluation_pairs(PROMPTS, 6, 0))
+        ]
+    )
+    assert by_name.reward == "0.5*warmth" and torch.allclose(
+        by_name.rewards[0], 0.5 * (images[:, 0] - images[:, 2]).mean((1, 2)), atol=1e-6
+    )
+    assert by_name.other_rewards["colourful"].shape == (1, 6)
     policy = WorldPolicy()
-    for rewards in (dict(reward='warmt'), dict(reward='warmth', other_rewards={'x': 'colourfullness'})):
-        with pytest.raises(ValueError, match='nearest'): step_generalization(policy, prompts=PROMPTS, **rewards)
+    for rewards in (dict(reward="warmt"), dict(reward="warmth", other_rewards={"x": "colourfullness"})):
+        with pytest.raises(ValueError, match="nearest"):
+            step_generalization(policy, prompts=PROMPTS, **rewards)
     assert policy.calls == []
 
 
 def test_coverage_is_an_effective_number():
-    def read(images): return {'shape': images[:, 0, 0, :4], 'color': images[:, 1, 0, :2]}
+    def read(images):
+        return {"shape": images[:, 0, 0, :4], "color": images[:, 1, 0, :2]}
+
     def drawn(shape, color):
         images = torch.zeros(len(shape), 3, 32, 32)
-        for image, of_shape, of_color in zip(images, shape, color): image[0, 0, of_shape] = image[1, 0, of_color] = 1
+        for image, of_shape, of_color in zip(images, shape, color):
+            image[0, 0, of_shape] = image[1, 0, of_color] = 1
         return images
-    assert coverage(read, drawn([0, 1, 2, 3], [1, 1, 1, 1])) == pytest.approx({'shape': 4, 'color': 1})
-    assert coverage(read, drawn([3, 3, 1, 1], [0, 0, 0, 1])) == pytest.approx({'shape': 2, 'color': (1/.75)**.75*4**.25})
-    collapsed, lively = (coverage(read, drawn(shape, [0]*8))['shape'] for shape in ([0]*7 + [1], [0]*5 + [1]*3))
+
+    assert coverage(read, drawn([0, 1, 2, 3], [1, 1, 1, 1])) == pytest.approx({"shape": 4, "color": 1})
+    assert coverage(read, drawn([3, 3, 1, 1], [0, 0, 0, 1])) == pytest.approx(
+        {"shape": 2, "color": (1 / 0.75) ** 0.75 * 4**0.25}
+    )
+    collapsed, lively = (coverage(read, drawn(shape, [0] * 8))["shape"] for shape in ([0] * 7 + [1], [0] * 5 + [1] * 3))
     assert 1 < collapsed < lively < 2
     for wrong in (torch.zeros(0, 3, 32, 32), torch.zeros(2, 3, 64, 64), torch.zeros(3, 32, 32)):
-        with pytest.raises(ValueError, match='images has shape'): coverage(read, wrong)
+        with pytest.raises(ValueError, match="images has shape"):
+            coverage(read, wrong)
 
 
 def test_t_quantiles():
-    known = {1: 12.7062, 2: 4.3027, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 30: 2.0423, 120: 1.9799}   # from printed tables
+    known = {
+        1: 12.7062,
+        2: 4.3027,
+        4: 2.7764,
+        10: 2.2281,
+        11: 2.2010,
+        15: 2.1314,
+        30: 2.0423,
+        120: 1.9799,
+    }  # from printed tables
     assert {freedom: t_quantile(freedom) for freedom in known} == pytest.approx(known, abs=6e-4)
 
 
-@pytest.mark.parametrize('seeds', [2, 3, 5, 12])
+@pytest.mark.parametrize("seeds", [2, 3, 5, 12])
 def test_seed_intervals_hold_the_truth_19_times_in_20(seeds):
-    mean, half_width = seed_interval(7 + 3*torch.randn(seeds, 20_000, generator=torch.Generator().manual_seed(0)))
+    mean, half_width = seed_interval(7 + 3 * torch.randn(seeds, 20_000, generator=torch.Generator().manual_seed(0)))
     assert mean.shape == half_width.shape == (20_000,) and mean.dtype == torch.float64
-    assert ((mean - 7).abs() < half_width).double().mean().item() == pytest.approx(.95, abs=.006)
+    assert ((mean - 7).abs() < half_width).double().mean().item() == pytest.approx(0.95, abs=0.006)
 
 
 def test_seed_interval_of_one_seed_and_of_none():
     mean, half_width = seed_interval([[1, 2]])
     assert mean.tolist() == [1, 2] and half_width.isnan().all() and half_width.shape == (2,)
-    for nothing in ([], 3.):
-        with pytest.raises(ValueError, match='at least one seed'): seed_interval(nothing)
+    for nothing in ([], 3.0):
+        with pytest.raises(ValueError, match="at least one seed"):
+            seed_interval(nothing)
 
 
 def experiment_run(seed, gain, **changes):
     "A line of an experiment: trained prompts after epochs 0, 2 and 4, unseen ones and 50 steps at the ends only"
+
     def record(prompts, epoch, steps, mean):
-        return dict(prompts=prompts, epoch=epoch, samples=32*epoch, reward_queries=80*epoch + (epoch > 0)*seed, optimizer_steps=9*epoch, steps=steps, n=8, mean=mean,
-                    std=[1.]*len(steps), agreement=[1 - epoch/8]*len(steps), diversity=[None]*len(steps), other_rewards={'warmth': [epoch*gain]*len(steps)})
-    evaluations = [record('trained', 0, [1, 4, 50], [5., 6., 6.5]), record('unseen', 0, [1, 4], [1., 1.]), record('trained', 2, [1, 4], [5 + gain/2, 6.]),
-                   record('trained', 4, [1, 4, 50], [5 + gain, 6.5, 6.5]), record('unseen', 4, [1, 4], [1., 1 + gain/2])]
-    return dict(group='order', name='shuffled', recipe='sdpo', reward='light', seed=seed, evaluations=evaluations) | changes
+        return dict(
+            prompts=prompts,
+            epoch=epoch,
+            samples=32 * epoch,
+            reward_queries=80 * epoch + (epoch > 0) * seed,
+            optimizer_steps=9 * epoch,
+            steps=steps,
+            n=8,
+            mean=mean,
+            std=[1.0] * len(steps),
+            agreement=[1 - epoch / 8] * len(steps),
+            diversity=[None] * len(steps),
+            other_rewards={"warmth": [epoch * gain] * len(steps)},
+        )
+
+    evaluations = [
+        record("trained", 0, [1, 4, 50], [5.0, 6.0, 6.5]),
+        record("unseen", 0, [1, 4], [1.0, 1.0]),
+        record("trained", 2, [1, 4], [5 + gain / 2, 6.0]),
+        record("trained", 4, [1, 4, 50], [5 + gain, 6.5, 6.5]),
+        record("unseen", 4, [1, 4], [1.0, 1 + gain / 2]),
+    ]
+    return (
+        dict(group="order", name="shuffled", recipe="sdpo", reward="light", seed=seed, evaluations=evaluations)
+        | changes
+    )
 
 
-RUNS = [experiment_run(seed, gain) for seed, gain in ((1, 1.), (2, 2.), (3, 3.))]
+RUNS = [experiment_run(seed, gain) for seed, gain in ((1, 1.0), (2, 2.0), (3, 3.0))]
 
 
 def test_gains_over_seeds():
     last = gains_over_seeds(RUNS)
-    assert last['steps'] == [1, 4, 50] and last['seeds'] == [1, 2, 3] and last['epoch'] == 4
-    assert (last['samples'], last['reward_queries'], last['optimizer_steps']) == (128, 322, 36)
-    assert last['each'].tolist() == [[1, .5, 0], [2, .5, 0], [3, .5, 0]]
-    assert last['mean'].tolist() == [2, .5, 0] and last['half_width'].tolist() == pytest.approx([4.303/3**.5, 0, 0])
+    assert last["steps"] == [1, 4, 50] and last["seeds"] == [1, 2, 3] and last["epoch"] == 4
+    assert (last["samples"], last["reward_queries"], last["optimizer_steps"]) == (128, 322, 36)
+    assert last["each"].tolist() == [[1, 0.5, 0], [2, 0.5, 0], [3, 0.5, 0]]
+    assert last["mean"].tolist() == [2, 0.5, 0] and last["half_width"].tolist() == pytest.approx([4.303 / 3**0.5, 0, 0])
     early, start = gains_over_seeds(RUNS, epoch=2), gains_over_seeds(RUNS, epoch=0)
-    assert early['steps'] == [1, 4] and early['mean'].tolist() == [1, 0] and early['samples'] == 64
-    assert start['each'].abs().sum() == 0 and start['samples'] == 0
-    unseen = gains_over_seeds(RUNS, prompts='unseen')
-    assert unseen['steps'] == [1, 4] and unseen['each'].tolist() == [[0, .5], [0, 1], [0, 1.5]]
-    assert gains_over_seeds(RUNS, value='warmth')['mean'].tolist() == [8, 8, 8]
-    assert gains_over_seeds(RUNS, value='agreement')['mean'].tolist() == [-.5]*3
-    assert gains_over_seeds(RUNS, value='diversity')['mean'].isnan().all()
-    assert gains_over_seeds(RUNS[:1])['half_width'].isnan().all()
+    assert early["steps"] == [1, 4] and early["mean"].tolist() == [1, 0] and early["samples"] == 64
+    assert start["each"].abs().sum() == 0 and start["samples"] == 0
+    unseen = gains_over_seeds(RUNS, prompts="unseen")
+    assert unseen["steps"] == [1, 4] and unseen["each"].tolist() == [[0, 0.5], [0, 1], [0, 1.5]]
+    assert gains_over_seeds(RUNS, value="warmth")["mean"].tolist() == [8, 8, 8]
+    assert gains_over_seeds(RUNS, value="agreement")["mean"].tolist() == [-0.5] * 3
+    assert gains_over_seeds(RUNS, value="diversity")["mean"].isnan().all()
+    assert gains_over_seeds(RUNS[:1])["half_width"].isnan().all()
 
 
-@pytest.mark.parametrize('runs, options, sentence', [
-    ([], {}, 'runs is empty'), (RUNS + RUNS[:1], {}, 'each seed once'), ([RUNS[0], RUNS[1] | {'name': 'accumulated'}], {}, 'come from 2 settings'),
-    ([RUNS[0], RUNS[1] | {'reward': 'dark'}], {}, 'come from 2 settings'), (RUNS, {'epoch': 3}, r'its epochs are \[0, 2, 4\]'), (RUNS, {'prompts': 'new'}, "prompts='new'"),
-    (RUNS, {'value': 'beauty'}, 'was not measured; use mean, agreement, diversity or one of warmth'),
-    ([RUNS[0], RUNS[1] | {'evaluations': RUNS[1]['evaluations'][:3]}], {}, 'different epochs'),
-    ([RUNS[0] | {'evaluations': RUNS[0]['evaluations'][3:4]}], {}, 'no step count in common')])
+@pytest.mark.parametrize(
+    "runs, options, sentence",
+    [
+        ([], {}, "runs is empty"),
+        (RUNS + RUNS[:1], {}, "each seed once"),
+        ([RUNS[0], RUNS[1] | {"name": "accumulated"}], {}, "come from 2 settings"),
+        ([RUNS[0], RUNS[1] | {"reward": "dark"}], {}, "come from 2 settings"),
+        (RUNS, {"epoch": 3}, r"its epochs are \[0, 2, 4\]"),
+        (RUNS, {"prompts": "new"}, "prompts='new'"),
+        (RUNS, {"value": "beauty"}, "was not measured; use mean, agreement, diversity or one of warmth"),
+        ([RUNS[0], RUNS[1] | {"evaluations": RUNS[1]["evaluations"][:3]}], {}, "different epochs"),
+        ([RUNS[0] | {"evaluations": RUNS[0]["evaluations"][3:4]}], {}, "no step count in common"),
+    ],
+)
 def test_gains_of_what_does_not_belong_together_are_refused(runs, options, sentence):
-    with pytest.raises(ValueError, match=sentence): gains_over_seeds(runs, **options)
+    with pytest.raises(ValueError, match=sentence):
+        gains_over_seeds(runs, **options)

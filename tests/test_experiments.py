@@ -1,4 +1,5 @@
 """The experiments' bookkeeping, and the committed runs that the chapters draw: complete, of the settings they claim, on seeds never used for tuning."""
+
 import importlib.util
 import json
 import subprocess
@@ -11,108 +12,167 @@ import pytest
 from sdpo_nb.config import resolve
 
 root = Path(__file__).parent.parent
-script = root/'benchmarks'/'experiments.py'
-spec = importlib.util.spec_from_file_location('experiments', script)
+script = root / "benchmarks" / "experiments.py"
+spec = importlib.util.spec_from_file_location("experiments", script)
 experiments = importlib.util.module_from_spec(spec)
-sys.modules['experiments'] = experiments  # a dataclass looks its module up
+sys.modules["experiments"] = experiments  # a dataclass looks its module up
 spec.loader.exec_module(experiments)
-complete = ["search", "order", "normalizers", "main", "factors", "spo", "queries", "ablations", "steps", "few_steps"]  # what the chapters draw as complete; a missing file counts as missing runs
+complete = [
+    "search",
+    "order",
+    "normalizers",
+    "main",
+    "factors",
+    "spo",
+    "queries",
+    "ablations",
+    "steps",
+    "few_steps",
+]  # what the chapters draw as complete; a missing file counts as missing runs
 
 
 def line(run, gain):
-    'A run whose gain is known'
-    def record(samples, mean): return {'prompts': 'trained', 'epoch': bool(samples), 'samples': samples, 'steps': [1, 4], 'mean': [mean, mean]}
-    config = asdict(resolve(run.config)) | {'output_dir': None}
-    return json.loads(json.dumps({'group': run.group, 'name': run.name, 'reward': config['reward'], 'seed': config['seed'], 'config': config, 'evaluations': [record(0, 1.), record(32, 1. + gain)]}))
+    "A run whose gain is known"
+
+    def record(samples, mean):
+        return {"prompts": "trained", "epoch": bool(samples), "samples": samples, "steps": [1, 4], "mean": [mean, mean]}
+
+    config = asdict(resolve(run.config)) | {"output_dir": None}
+    return json.loads(
+        json.dumps(
+            {
+                "group": run.group,
+                "name": run.name,
+                "reward": config["reward"],
+                "seed": config["seed"],
+                "config": config,
+                "evaluations": [record(0, 1.0), record(32, 1.0 + gain)],
+            }
+        )
+    )
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, 'results', tmp_path)
+    monkeypatch.setattr(experiments, "results", tmp_path)
     return tmp_path
 
 
-def note(results, run, gain=0.):
-    with open(results/f'{run.group}.jsonl', 'a') as file: file.write(json.dumps(line(run, gain)) + '\n')
+def note(results, run, gain=0.0):
+    with open(results / f"{run.group}.jsonl", "a") as file:
+        file.write(json.dumps(line(run, gain)) + "\n")
 
 
-def tried(name): return [(run.config.learning_rate, run.config.clip_range) for run in experiments.search_runs(name, experiments.quality)]
+def tried(name):
+    return [
+        (run.config.learning_rate, run.config.clip_range) for run in experiments.search_runs(name, experiments.quality)
+    ]
 
 
 def test_search_tries_clips_at_the_best_learning_rate(results):
-    assert tried('SDPO') == [(3e-4, None), (1e-3, None), (3e-3, None), (1e-2, None)]
-    for run, gain in zip(experiments.search_runs('SDPO', experiments.quality), (.1, .4, .3, .2)): note(results, run, gain)
-    assert tried('SDPO')[4:] == [(1e-3, 1e-3), (1e-3, 2e-2)]
-    note(results, experiments.search_runs('SDPO', experiments.quality)[4], .9)
-    assert experiments.searched('SDPO') == {'learning_rate': 1e-3, 'clip_range': 1e-3}
+    assert tried("SDPO") == [(3e-4, None), (1e-3, None), (3e-3, None), (1e-2, None)]
+    for run, gain in zip(experiments.search_runs("SDPO", experiments.quality), (0.1, 0.4, 0.3, 0.2)):
+        note(results, run, gain)
+    assert tried("SDPO")[4:] == [(1e-3, 1e-3), (1e-3, 2e-2)]
+    note(results, experiments.search_runs("SDPO", experiments.quality)[4], 0.9)
+    assert experiments.searched("SDPO") == {"learning_rate": 1e-3, "clip_range": 1e-3}
 
 
 def test_search_goes_beyond_the_edge_and_never_tries_more_than_six(results):
-    for run, gain in zip(experiments.search_runs('SDPO', experiments.quality), (.1, .2, .3, .4)): note(results, run, gain)
-    assert tried('SDPO')[4:] == [(3e-2, None)]
-    note(results, experiments.search_runs('SDPO', experiments.quality)[4], .5)
-    assert tried('SDPO')[4:] == [(3e-2, None), (3e-2, 1e-3)]
+    for run, gain in zip(experiments.search_runs("SDPO", experiments.quality), (0.1, 0.2, 0.3, 0.4)):
+        note(results, run, gain)
+    assert tried("SDPO")[4:] == [(3e-2, None)]
+    note(results, experiments.search_runs("SDPO", experiments.quality)[4], 0.5)
+    assert tried("SDPO")[4:] == [(3e-2, None), (3e-2, 1e-3)]
 
 
-@pytest.mark.parametrize('name', experiments.methods)
+@pytest.mark.parametrize("name", experiments.methods)
 def test_every_method_gets_the_same_number_of_settings_at_most(results, name):
     for gain in range(8):
-        for run in experiments.missing(experiments.search_runs(name, experiments.quality)): note(results, run, gain)
-    assert 4 <= len(experiments.lines('search')) <= 6 and not experiments.missing(experiments.search_runs(name, experiments.quality))
+        for run in experiments.missing(experiments.search_runs(name, experiments.quality)):
+            note(results, run, gain)
+    assert 4 <= len(experiments.lines("search")) <= 6 and not experiments.missing(
+        experiments.search_runs(name, experiments.quality)
+    )
 
 
 def test_unsearched_methods_are_named(results):
-    with pytest.raises(SystemExit, match='DDPO has not been searched'): experiments.searched('DDPO')
+    with pytest.raises(SystemExit, match="DDPO has not been searched"):
+        experiments.searched("DDPO")
 
 
 def test_each_reward_has_a_search_of_its_own(results):
-    for reward, gains in ((experiments.quality, (.1, .4, .3, .2)), (experiments.alignment, (.4, .3, .2, .1))):
-        for run, gain in zip(experiments.search_runs('SDPO', reward), gains): note(results, run, gain)
-    assert experiments.searched('SDPO')['learning_rate'] == 1e-3
-    assert experiments.searched('SDPO', experiments.alignment)['learning_rate'] == 3e-4
+    for reward, gains in ((experiments.quality, (0.1, 0.4, 0.3, 0.2)), (experiments.alignment, (0.4, 0.3, 0.2, 0.1))):
+        for run, gain in zip(experiments.search_runs("SDPO", reward), gains):
+            note(results, run, gain)
+    assert experiments.searched("SDPO")["learning_rate"] == 1e-3
+    assert experiments.searched("SDPO", experiments.alignment)["learning_rate"] == 3e-4
 
 
 def test_a_run_of_another_group_is_copied_and_not_repeated(results):
-    one = experiments.make_run('main', 'SDPO', 'SDPO', 1)
-    same, other = experiments.make_run('order', 'shuffled', 'SDPO', 1), experiments.make_run('order', 'shuffled', 'SDPO', 2)
-    note(results, one, .5)
+    one = experiments.make_run("main", "SDPO", "SDPO", 1)
+    same, other = (
+        experiments.make_run("order", "shuffled", "SDPO", 1),
+        experiments.make_run("order", "shuffled", "SDPO", 2),
+    )
+    note(results, one, 0.5)
     assert experiments.copy_lines([same, other]) == [other]
-    (copied,) = experiments.lines('order')
-    assert (copied['group'], copied['name']) == ('order', 'shuffled') and experiments.final_gain(copied) == pytest.approx(.5)
+    (copied,) = experiments.lines("order")
+    assert (copied["group"], copied["name"]) == ("order", "shuffled") and experiments.final_gain(
+        copied
+    ) == pytest.approx(0.5)
     assert experiments.missing([same, other]) == [other]
 
 
 def test_settings_decide_what_a_run_is():
-    def key(**changes): return experiments.make_run('a', 'b', 'SDPO', 1, **changes).key
-    assert key() == experiments.make_run('c', 'd', 'SDPO', 1).key == key(output_dir='elsewhere')
-    assert len({key(), key(learning_rate=1e-3), key(reward='shapes_alignment'), key(normalizer='batch')}) == 4
+    def key(**changes):
+        return experiments.make_run("a", "b", "SDPO", 1, **changes).key
+
+    assert key() == experiments.make_run("c", "d", "SDPO", 1).key == key(output_dir="elsewhere")
+    assert len({key(), key(learning_rate=1e-3), key(reward="shapes_alignment"), key(normalizer="batch")}) == 4
 
 
-def test_numbers_are_shortened_and_nothing_else(): assert experiments.shorten({'a': [1.23456789, 7, 'x', None]}) == {'a': [1.23457, 7, 'x', None]}
+def test_numbers_are_shortened_and_nothing_else():
+    assert experiments.shorten({"a": [1.23456789, 7, "x", None]}) == {"a": [1.23457, 7, "x", None]}
 
 
 def test_an_unknown_group_is_refused():
-    done = subprocess.run([sys.executable, str(script), 'mian'], capture_output=True, text=True)
-    assert done.returncode == 2 and "GROUP is 'mian'" in done.stderr and 'Traceback' not in done.stderr
+    done = subprocess.run([sys.executable, str(script), "mian"], capture_output=True, text=True)
+    assert done.returncode == 2 and "GROUP is 'mian'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_missing_runs_make_the_check_fail(results):
-    for name in experiments.methods: note(results, experiments.make_run('search', name, name, experiments.search_seed))
-    assert 'order lacks shuffled (shapes_aesthetic, seed 1)' in experiments.check(['order'], [1])
-    for run in experiments.groups['order']([1]): note(results, run)
-    assert experiments.check(['order'], [1]) is None
+    for name in experiments.methods:
+        note(results, experiments.make_run("search", name, name, experiments.search_seed))
+    assert "order lacks shuffled (shapes_aesthetic, seed 1)" in experiments.check(["order"], [1])
+    for run in experiments.groups["order"]([1]):
+        note(results, run)
+    assert experiments.check(["order"], [1]) is None
 
 
-@pytest.mark.parametrize('name', complete)
-def test_what_the_chapters_draw_is_complete(name): assert experiments.check([name], [1, 2, 3, 4, 5]) is None
+@pytest.mark.parametrize("name", complete)
+def test_what_the_chapters_draw_is_complete(name):
+    assert experiments.check([name], [1, 2, 3, 4, 5]) is None
 
 
-@pytest.mark.parametrize('path', sorted(experiments.results.glob('*.jsonl')), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(experiments.results.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_committed_runs_say_what_they_are(path):
-    if path.stem not in experiments.groups: pytest.skip('made by a script of its own')
+    if path.stem not in experiments.groups:
+        pytest.skip("made by a script of its own")
     for run in experiments.lines(path.stem):
-        assert run['group'] == path.stem and {'recipe', 'reward', 'seed', 'config', 'versions', 'machine', 'evaluations', 'metrics'} <= set(run)
-        assert (run['seed'] == experiments.search_seed) == (path.stem == 'search')        # no reported seed was tuned on
-        assert len(run['metrics']) == run['config']['epochs'] and run['metrics'][-1]['epoch'] == run['config']['epochs']
-        for record in run['evaluations']:
-            assert {'samples', 'reward_queries', 'optimizer_steps', 'steps', 'mean', 'std', 'n'} <= set(record) and len(record['mean']) == len(record['steps'])
+        assert run["group"] == path.stem and {
+            "recipe",
+            "reward",
+            "seed",
+            "config",
+            "versions",
+            "machine",
+            "evaluations",
+            "metrics",
+        } <= set(run)
+        assert (run["seed"] == experiments.search_seed) == (path.stem == "search")  # no reported seed was tuned on
+        assert len(run["metrics"]) == run["config"]["epochs"] and run["metrics"][-1]["epoch"] == run["config"]["epochs"]
+        for record in run["evaluations"]:
+            assert {"samples", "reward_queries", "optimizer_steps", "steps", "mean", "std", "n"} <= set(record) and len(
+                record["mean"]
+            ) == len(record["steps"])

@@ -1,4 +1,5 @@
 "Losses: parity with the reference vectors, cases by hand, gradients against autograd, two passes against the whole graph."
+
 import math
 from pathlib import Path
 
@@ -65,8 +66,13 @@ def test_loss_and_gradients_equal_the_reference(vectors, name, clip_range, log_s
         return torch.stack([vectors[f"loss/{name}/{kind}{j}"] for j in (1, 2)])
 
     value, gradient = value_and_gradient(
-        reward_difference_loss, both("log_prob"), both("old"), both("adv"),
-        vectors[f"loss/{name}/weight"] / log_scale, clip_range=clip_range, advantage_clip=5.0,
+        reward_difference_loss,
+        both("log_prob"),
+        both("old"),
+        both("adv"),
+        vectors[f"loss/{name}/weight"] / log_scale,
+        clip_range=clip_range,
+        advantage_clip=5.0,
     )
     assert abs(value - vectors[f"loss/{name}/loss"].item()) <= 1e-9
     assert (gradient - both("grad")).abs().max() <= 1e-9
@@ -107,9 +113,14 @@ def test_cells_do_not_see_each_other():
     _, gradient = value_and_gradient(reward_difference_loss, log_prob, old, advantages, weight, clip_range=5e-3)
     single = [
         value_and_gradient(
-            reward_difference_loss, log_prob[:, i : i + 1], old[:, i : i + 1], advantages[:, i : i + 1],
-            weight[i : i + 1], clip_range=5e-3,
-        )[1] / 32
+            reward_difference_loss,
+            log_prob[:, i : i + 1],
+            old[:, i : i + 1],
+            advantages[:, i : i + 1],
+            weight[i : i + 1],
+            clip_range=5e-3,
+        )[1]
+        / 32
         for i in range(32)
     ]
     torch.testing.assert_close(gradient, torch.cat(single, dim=1), rtol=0, atol=1e-14)
@@ -157,7 +168,13 @@ def test_ppo_equals_its_formula(clip_range, rows):
 
 @pytest.mark.parametrize(
     "ratio, advantage, loss, gradient",
-    [(1.5, 2.0, -2.4, 0.0), (1.5, -2.0, 3.0, 3.0), (0.5, 2.0, -1.0, -1.0), (0.5, -2.0, 1.6, 0.0), (1.0, 9.0, -5.0, -5.0)],
+    [
+        (1.5, 2.0, -2.4, 0.0),
+        (1.5, -2.0, 3.0, 3.0),
+        (0.5, 2.0, -1.0, -1.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (1.0, 9.0, -5.0, -5.0),
+    ],
 )
 def test_ppo_by_hand(ratio, advantage, loss, gradient):
     value, slope = value_and_gradient(
@@ -215,7 +232,9 @@ def test_trajectory_loss_equals_the_sum_over_time_and_mean_over_pairs(clip_range
         total = ratio.sum(-1)
         return (0.8 * (total[0] - total[1]) - target).square()
 
-    expected = torch.maximum(square(ratio), square(ratio.clamp(-clip_range, clip_range))) if clip_range else square(ratio)
+    expected = (
+        torch.maximum(square(ratio), square(ratio.clamp(-clip_range, clip_range))) if clip_range else square(ratio)
+    )
     actual = trajectory_difference_loss(
         log_prob, old, final[:, pair_index], eta, pair_index=pair_index, clip_range=clip_range
     )
@@ -227,7 +246,11 @@ def test_order_and_names_of_pairs_do_not_matter():
     expected = trajectory_residual(log_prob, old, final[:, pair_index], eta, pair_index=pair_index)
     order = torch.randperm(35, generator=torch.Generator().manual_seed(3))
     actual = trajectory_residual(
-        log_prob[:, order], old[:, order], final[:, pair_index[order]], eta[order], pair_index=10 + 3 * pair_index[order]
+        log_prob[:, order],
+        old[:, order],
+        final[:, pair_index[order]],
+        eta[order],
+        pair_index=10 + 3 * pair_index[order],
     )
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
@@ -236,17 +259,19 @@ def test_unclipped_residual_by_hand():
     log_prob = torch.tensor([[0.1, 0.2], [0.0, -0.3]], dtype=torch.float64)
     advantages = torch.tensor([[9.0, 9.0], [4.5, 4.5]], dtype=torch.float64)
     residual = trajectory_residual(
-        log_prob, torch.zeros_like(log_prob), advantages, 2 * torch.ones(2, dtype=torch.float64),
-        pair_index=torch.tensor([0, 0]), clip_range=0,
+        log_prob,
+        torch.zeros_like(log_prob),
+        advantages,
+        2 * torch.ones(2, dtype=torch.float64),
+        pair_index=torch.tensor([0, 0]),
+        clip_range=0,
     )
     assert residual.tolist() == pytest.approx([2 * 0.6 - (5.0 - 4.5)], abs=1e-12)
 
 
 def test_one_step_trajectories_are_the_stepwise_loss():
     log_prob, old, advantages, weight = cells()
-    single = trajectory_difference_loss(
-        log_prob, old, advantages, weight, pair_index=torch.arange(32), clip_range=5e-3
-    )
+    single = trajectory_difference_loss(log_prob, old, advantages, weight, pair_index=torch.arange(32), clip_range=5e-3)
     assert single.item() == pytest.approx(
         reward_difference_loss(log_prob, old, advantages, weight, clip_range=5e-3).item(), abs=1e-12
     )
@@ -261,7 +286,11 @@ def test_nothing_is_summed_over_the_batch():
     for pair in range(5):
         own = pair_index == pair
         _, alone = log_prob_coefficients(
-            trajectory_difference_loss, log_prob[:, own], old[:, own], final[:, pair_index][:, own], eta[own],
+            trajectory_difference_loss,
+            log_prob[:, own],
+            old[:, own],
+            final[:, pair_index][:, own],
+            eta[own],
             pair_index=pair_index[own],
         )
         torch.testing.assert_close(together[:, own], alone / 5, rtol=0, atol=1e-14)

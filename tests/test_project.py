@@ -1,4 +1,5 @@
 """The facts of the project agree with each other, and what its pages point to exists."""
+
 import ast
 import json
 import re
@@ -14,14 +15,14 @@ from nbdev.config import get_config, read_version
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT/'nbs'
-NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
-WORKFLOWS = sorted((ROOT/'.github'/'workflows').glob('*.yml'))
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 CONFIG = get_config(ROOT)
 
-settings = ConfigParser(delimiters=['='])
-settings.read(ROOT/'settings.ini', encoding='utf-8')
-facts = settings['DEFAULT']
+settings = ConfigParser(delimiters=["="])
+settings.read(ROOT / "settings.ini", encoding="utf-8")
+facts = settings["DEFAULT"]
 
 
 def names(path):
@@ -31,300 +32,429 @@ def names(path):
 
 def cells(path, kind):
     "The sources of the cells of one kind in the notebook at `path`"
-    return [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == kind]
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 def page_text(path):
     "The prose of a notebook or Markdown page, without its code blocks"
-    text = '\n\n'.join(cells(path, 'markdown')) if path.suffix == '.ipynb' else path.read_text(encoding='utf-8')
-    return re.sub(r'(```.*?```|`[^`\n]*`|<!--.*?-->)', '', text, flags=re.DOTALL)
+    text = "\n\n".join(cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    return re.sub(r"(```.*?```|`[^`\n]*`|<!--.*?-->)", "", text, flags=re.DOTALL)
 
 
 def link_targets(path):
     "What the links and images of the page at `path` point to"
     text = page_text(path)
-    return re.findall(r'\]\(\s*<?([^)\s>]+)', text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
 
 
 def sidebar_entries(contents):
     "The files that a sidebar lists, sections within sections included, in reading order"
     for entry in contents:
-        if isinstance(entry, str): yield entry
+        if isinstance(entry, str):
+            yield entry
         else:
-            if 'href' in entry: yield entry['href']
-            yield from sidebar_entries(entry.get('contents', []))
+            if "href" in entry:
+                yield entry["href"]
+            yield from sidebar_entries(entry.get("contents", []))
 
 
 def load_sidebar(section=None):
     "The entries of nbs/sidebar.yml, or those of one section"
-    contents = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    if section: contents = [entry for entry in contents if isinstance(entry, dict) and entry['section'] == section]
+    contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    if section:
+        contents = [entry for entry in contents if isinstance(entry, dict) and entry["section"] == section]
     return list(sidebar_entries(contents))
 
 
-CHAPTERS = [NBS/name for name in load_sidebar('Learn')]
+CHAPTERS = [NBS / name for name in load_sidebar("Learn")]
 
 
 def test_version_is_the_same_everywhere():
-    citation = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
-    assert read_version(ROOT/'sdpo_nb') == facts['version'] == citation['version']
-    assert f"## [{facts['version']}]" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert read_version(ROOT / "sdpo_nb") == facts["version"] == citation["version"]
+    assert f"## [{facts['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_name_is_the_same_everywhere():
-    assert CONFIG.lib_name == facts['lib_name'] == CONFIG.repo
+    assert CONFIG.lib_name == facts["lib_name"] == CONFIG.repo
 
 
 def test_torchvision_is_not_needed():
-    assert not any('torchvision' in facts[key] for key in facts)
-    imports = re.compile(r'^\s*(?:from|import)\s+torchvision', flags=re.MULTILINE)
-    assert not [path.name for path in NOTEBOOKS if any(imports.search(source) for source in cells(path, 'code'))]
+    assert not any("torchvision" in facts[key] for key in facts)
+    imports = re.compile(r"^\s*(?:from|import)\s+torchvision", flags=re.MULTILINE)
+    assert not [path.name for path in NOTEBOOKS if any(imports.search(source) for source in cells(path, "code"))]
 
 
 def test_console_scripts_name_functions_that_exist():
-    for line in facts['console_scripts'].strip().splitlines():
-        module, function = line.split('=')[1].strip().split(':')
-        source = (ROOT/Path(*module.split('.'))).with_suffix('.py').read_text(encoding='utf-8')
+    for line in facts["console_scripts"].strip().splitlines():
+        module, function = line.split("=")[1].strip().split(":")
+        source = (ROOT / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
         defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
         assert function in defined
 
 
 def load_site():
     "_quarto.yml"
-    return yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
 
 
 def site_files(site):
     "Everything in this project that the site's configuration names"
-    pages, navbar = site['website'], site['website']['navbar']
-    shown = [pages['favicon'], pages['open-graph']['image'], pages['twitter-card']['image'], *site['project']['resources']]
-    links = [item['href'] for item in [*navbar['left'], *navbar['right']] if '://' not in item['href']]
-    return [path.lstrip('/') for path in [*site['metadata-files'], site['format']['html']['css'], *shown, *links]]
+    pages, navbar = site["website"], site["website"]["navbar"]
+    shown = [
+        pages["favicon"],
+        pages["open-graph"]["image"],
+        pages["twitter-card"]["image"],
+        *site["project"]["resources"],
+    ]
+    links = [item["href"] for item in [*navbar["left"], *navbar["right"]] if "://" not in item["href"]]
+    return [path.lstrip("/") for path in [*site["metadata-files"], site["format"]["html"]["css"], *shown, *links]]
 
 
 def test_site_configuration():
-    link, site = NBS/'_quarto.yml', load_site()
-    assert link.read_text(encoding='utf-8') == (ROOT/'_quarto.yml').read_text(encoding='utf-8')
-    if (ROOT/'.git').exists(): assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'   # a source archive holds a copy
-    assert {'light', 'dark'} <= site['format']['html']['theme'].keys()
-    assert [path for path in site_files(site) if not (NBS/path).exists()] == []
-    assert site['website']['search'] and site['website']['repo-subdir'] == NBS.name and 'source' in site['website']['repo-actions']
-    contents = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    assert [entry['section'] for entry in contents if isinstance(entry, dict)] == ['Learn', 'Other answers', 'How to', 'Reference', 'Results']
-    assert [item['text'] for item in site['website']['navbar']['left']] == ['Learn', 'How to', 'Reference', 'Results']
+    link, site = NBS / "_quarto.yml", load_site()
+    assert link.read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    if (ROOT / ".git").exists():
+        assert link.is_symlink() and link.resolve() == ROOT / "_quarto.yml"  # a source archive holds a copy
+    assert {"light", "dark"} <= site["format"]["html"]["theme"].keys()
+    assert [path for path in site_files(site) if not (NBS / path).exists()] == []
+    assert (
+        site["website"]["search"]
+        and site["website"]["repo-subdir"] == NBS.name
+        and "source" in site["website"]["repo-actions"]
+    )
+    contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    assert [entry["section"] for entry in contents if isinstance(entry, dict)] == [
+        "Learn",
+        "Other answers",
+        "How to",
+        "Reference",
+        "Results",
+    ]
+    assert [item["text"] for item in site["website"]["navbar"]["left"]] == ["Learn", "How to", "Reference", "Results"]
 
 
 def test_social_card_and_icon():
-    site = load_site()['website']
-    assert site['open-graph']['image'] == site['twitter-card']['image'] and site['twitter-card']['card-style'] == 'summary_large_image'
-    assert len(site['open-graph']['image-alt']) > 40
-    card, icon = NBS/site['open-graph']['image'].lstrip('/'), NBS/site['favicon']
-    with Image.open(card) as picture: assert picture.size == (1200, 630)
-    with Image.open(icon) as picture: assert picture.size == (64, 64)
+    site = load_site()["website"]
+    assert (
+        site["open-graph"]["image"] == site["twitter-card"]["image"]
+        and site["twitter-card"]["card-style"] == "summary_large_image"
+    )
+    assert len(site["open-graph"]["image-alt"]) > 40
+    card, icon = NBS / site["open-graph"]["image"].lstrip("/"), NBS / site["favicon"]
+    with Image.open(card) as picture:
+        assert picture.size == (1200, 630)
+    with Image.open(icon) as picture:
+        assert picture.size == (64, 64)
     assert card.stat().st_size < 200_000 and icon.stat().st_size < 10_000
 
 
 def test_site_is_made_by_a_pinned_quarto():
-    steps = yaml.safe_load((ROOT/'.github'/'workflows'/'docs.yml').read_text(encoding='utf-8'))['jobs']
-    setups = [step for job in steps.values() for step in job['steps'] if step.get('uses', '').startswith('quarto-dev/quarto-actions/setup')]
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "docs.yml").read_text(encoding="utf-8"))["jobs"]
+    setups = [
+        step
+        for job in steps.values()
+        for step in job["steps"]
+        if step.get("uses", "").startswith("quarto-dev/quarto-actions/setup")
+    ]
     assert len(setups) == 1
-    version = str(setups[0]['with']['version'])
-    assert re.fullmatch(r'\d+\.\d+\.\d+', version) and f"Quarto {version.rpartition('.')[0]}" in (ROOT/'Makefile').read_text(encoding='utf-8')
+    version = str(setups[0]["with"]["version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version) and f"Quarto {version.rpartition('.')[0]}" in (
+        ROOT / "Makefile"
+    ).read_text(encoding="utf-8")
 
 
 def test_every_notebook_stands_in_the_sidebar_once():
     assert sorted(load_sidebar()) == sorted(path.relative_to(NBS).as_posix() for path in NOTEBOOKS)
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_notebook_opens_with_title_and_subtitle(path):
-    assert re.match(r'# \S.*\n+> \S', cells(path, 'markdown')[0])
+    assert re.match(r"# \S.*\n+> \S", cells(path, "markdown")[0])
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_the_site_shows_exported_code(path):
     "It leaves cells that begin with `#| export` out, and shows those that begin with `#| exports`"
-    assert [source for source in cells(path, 'code') if re.match(r'#\|\s*export\s*$', source, flags=re.MULTILINE)] == []
+    assert [source for source in cells(path, "code") if re.match(r"#\|\s*export\s*$", source, flags=re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_imports_stand_in_cells_of_their_own(path):
     "nbdev runs every cell that holds an import again when it makes the site"
     mixed = []
-    for source in cells(path, 'code'):
-        if re.search(r'^\s*[!%]', source, flags=re.MULTILINE) or source.startswith('#| hide'): continue
+    for source in cells(path, "code"):
+        if re.search(r"^\s*[!%]", source, flags=re.MULTILINE) or source.startswith("#| hide"):
+            continue
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
-        if len(kinds) == 2: mixed.append(source)
+        if len(kinds) == 2:
+            mixed.append(source)
     assert mixed == []
 
 
 def anchors(path):
     "What a link to the page at `path` may name: its headings as Pandoc names them, and what it defines"
-    headings = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', '\n\n'.join(cells(path, 'markdown')), flags=re.DOTALL), flags=re.MULTILINE)
-    slugs = [re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.lower()).strip())) for heading in headings]
-    return {*slugs, *(name.lower() for source in cells(path, 'code') for name in re.findall(r'^(?:def|class) (\w+)', source, flags=re.MULTILINE))}
+    headings = re.findall(
+        r"^#+ (.+)$",
+        re.sub(r"```.*?```", "", "\n\n".join(cells(path, "markdown")), flags=re.DOTALL),
+        flags=re.MULTILINE,
+    )
+    slugs = [
+        re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", heading.lower()).strip()))
+        for heading in headings
+    ]
+    return {
+        *slugs,
+        *(
+            name.lower()
+            for source in cells(path, "code")
+            for name in re.findall(r"^(?:def|class) (\w+)", source, flags=re.MULTILINE)
+        ),
+    }
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_links_into_pages_name_a_place(path):
-    outputs = [''.join(output.get('data', {}).get('text/markdown', '')) for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
-    targets = [*link_targets(path), *re.findall(r'\]\(([^)\s]+)\)', '\n'.join(outputs))]
-    pages = {target.partition('#')[0] for target in targets if re.fullmatch(r'[\w.]*#[^)]+', target)}
-    places = {page: anchors(NBS/page if page else path) for page in pages}
-    assert [target for target in targets if target.partition('#')[0] in pages and '#' in target and target.partition('#')[2] not in places[target.partition('#')[0]]] == []
+    outputs = [
+        "".join(output.get("data", {}).get("text/markdown", ""))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for output in cell.get("outputs", [])
+    ]
+    targets = [*link_targets(path), *re.findall(r"\]\(([^)\s]+)\)", "\n".join(outputs))]
+    pages = {target.partition("#")[0] for target in targets if re.fullmatch(r"[\w.]*#[^)]+", target)}
+    places = {page: anchors(NBS / page if page else path) for page in pages}
+    assert [
+        target
+        for target in targets
+        if target.partition("#")[0] in pages
+        and "#" in target
+        and target.partition("#")[2] not in places[target.partition("#")[0]]
+    ] == []
 
 
-@pytest.mark.parametrize('path', [*NOTEBOOKS, *sorted(ROOT.glob('*.md'))], ids=names)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted(ROOT.glob("*.md"))], ids=names)
 def test_links_lead_somewhere(path):
-    here = re.compile(re.escape(CONFIG.git_url) + r'/(?:blob|tree|raw)/main/(\S+)')
-    colab = re.compile(r'https://colab\.research\.google\.com/github/' + re.escape(f'{CONFIG.user}/{CONFIG.repo}') + r'/blob/main/(\S+)')
+    here = re.compile(re.escape(CONFIG.git_url) + r"/(?:blob|tree|raw)/main/(\S+)")
+    colab = re.compile(
+        r"https://colab\.research\.google\.com/github/"
+        + re.escape(f"{CONFIG.user}/{CONFIG.repo}")
+        + r"/blob/main/(\S+)"
+    )
     broken = []
     for target in link_targets(path):
         inside = here.match(target) or colab.match(target)
-        if inside: file = ROOT/inside[1].split('#')[0]
-        elif re.match(r'[a-z]+:|#|//', target): continue
-        else: file = path.parent/unquote(target.split('#')[0])
-        if not file.exists(): broken.append(target)
+        if inside:
+            file = ROOT / inside[1].split("#")[0]
+        elif re.match(r"[a-z]+:|#|//", target):
+            continue
+        else:
+            file = path.parent / unquote(target.split("#")[0])
+        if not file.exists():
+            broken.append(target)
     assert broken == []
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_colab_badge_opens_this_notebook(path):
-    opened = [target for target in link_targets(path) if target.startswith('https://colab.research.google.com/github/')]
-    assert opened and all(target.endswith(f'/nbs/{path.name}') for target in opened)
-    install = next(source for source in cells(path, 'code') if 'pip install' in source)
-    assert install.startswith('#| hide\n#| eval: false\n! [ -e /content ] && ')   # acts on Colab only
+    opened = [target for target in link_targets(path) if target.startswith("https://colab.research.google.com/github/")]
+    assert opened and all(target.endswith(f"/nbs/{path.name}") for target in opened)
+    install = next(source for source in cells(path, "code") if "pip install" in source)
+    assert install.startswith("#| hide\n#| eval: false\n! [ -e /content ] && ")  # acts on Colab only
 
 
 def solutions(path):
     "The folded solutions in the exercises of the chapter at `path`: for each, its code and the hidden code below it"
-    notebook, inside, found = json.loads(path.read_text(encoding='utf-8'))['cells'], False, []
+    notebook, inside, found = json.loads(path.read_text(encoding="utf-8"))["cells"], False, []
     for cell, below in zip(notebook, [*notebook[1:], None]):
-        source = ''.join(cell['source'])
-        for heading in re.findall(r'^## (.+)$', source if cell['cell_type'] == 'markdown' else '', flags=re.MULTILINE): inside = heading.strip() == 'Exercises'
-        if not inside or '<details' not in source: continue
-        shown = '\n'.join(re.findall(r'```python\n(.*?)```', source, flags=re.DOTALL))
-        hidden = ''.join(below['source']) if below and below['cell_type'] == 'code' else ''
-        found.append((shown, hidden if re.match(r'(#\|.*\n)*#\| hide\b', hidden) else ''))
+        source = "".join(cell["source"])
+        for heading in re.findall(r"^## (.+)$", source if cell["cell_type"] == "markdown" else "", flags=re.MULTILINE):
+            inside = heading.strip() == "Exercises"
+        if not inside or "<details" not in source:
+            continue
+        shown = "\n".join(re.findall(r"```python\n(.*?)```", source, flags=re.DOTALL))
+        hidden = "".join(below["source"]) if below and below["cell_type"] == "code" else ""
+        found.append((shown, hidden if re.match(r"(#\|.*\n)*#\| hide\b", hidden) else ""))
     return found
 
 
 def code_lines(source):
     "The lines of code, without directives, blank lines and what follows the last letter"
-    return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith('#|')]
+    return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith("#|")]
 
 
 def test_the_chapters_are_numbered_through():
-    assert [path.name[:3] for path in CHAPTERS] == [f'{number:02}_' for number in range(1, 15)]
+    assert [path.name[:3] for path in CHAPTERS] == [f"{number:02}_" for number in range(1, 15)]
 
 
-@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_chapter_has_exercises_with_solutions_that_run(path):
     found = solutions(path)
     assert len(found) >= 2
     for shown, hidden in found:
         assert code_lines(shown) and code_lines(shown) == code_lines(hidden)
-        assert not re.search(r'^#\|\s*(?:eval:\s*false|slow|gpu|notest)\b', hidden, flags=re.MULTILINE)   # test_notebooks.py runs the others
+        assert not re.search(
+            r"^#\|\s*(?:eval:\s*false|slow|gpu|notest)\b", hidden, flags=re.MULTILINE
+        )  # test_notebooks.py runs the others
 
 
-@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_chapter_ends_with_questions(path):
-    text = '\n\n'.join(cells(path, 'markdown'))
-    assert text.count('\n## Check yourself') == 1
-    assert len(re.findall(r'^\s*(?:[*-]|\d+\.) +\S', text.partition('\n## Check yourself')[2].partition('\n## ')[0], flags=re.MULTILINE)) >= 4
+    text = "\n\n".join(cells(path, "markdown"))
+    assert text.count("\n## Check yourself") == 1
+    assert (
+        len(
+            re.findall(
+                r"^\s*(?:[*-]|\d+\.) +\S",
+                text.partition("\n## Check yourself")[2].partition("\n## ")[0],
+                flags=re.MULTILINE,
+            )
+        )
+        >= 4
+    )
 
 
-@pytest.mark.parametrize('path', CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_chapter_has_a_picture_and_a_reasonable_size(path):
-    shown = [output.get('data', {}) for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
-    assert any({'image/png', 'image/svg+xml'} & data.keys() for data in shown)
+    shown = [
+        output.get("data", {})
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for output in cell.get("outputs", [])
+    ]
+    assert any({"image/png", "image/svg+xml"} & data.keys() for data in shown)
     assert path.stat().st_size < 700_000
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_no_error_was_saved(path):
     "Neither as an output nor as a traceback that a cell printed"
-    outputs = [output for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
-    assert [output for output in outputs if output['output_type'] == 'error'] == []
-    assert [text for output in outputs if 'Traceback (most recent call last)' in (text := ''.join(output.get('text', '')))] == []
+    outputs = [
+        output for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", [])
+    ]
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    assert [
+        text for output in outputs if "Traceback (most recent call last)" in (text := "".join(output.get("text", "")))
+    ] == []
 
 
 def test_front_page_lists_the_chapters():
-    assert [NBS/target for target in link_targets(NBS/'index.ipynb') if NBS/target in CHAPTERS] == CHAPTERS
+    assert [NBS / target for target in link_targets(NBS / "index.ipynb") if NBS / target in CHAPTERS] == CHAPTERS
 
 
 def exported_names(path):
     "The public functions and classes of the module at `path`"
-    nodes = ast.parse(path.read_text(encoding='utf-8')).body
-    public = next((ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'), []) if path.name[0] != '_' else []
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    public = (
+        next(
+            (
+                ast.literal_eval(node.value)
+                for node in nodes
+                if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+            ),
+            [],
+        )
+        if path.name[0] != "_"
+        else []
+    )
     return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} & {*public}
 
 
 def test_reference_lists_every_module_and_name():
-    page = json.loads((NBS/'99_api.ipynb').read_text(encoding='utf-8'))
-    shown = '\n'.join(''.join(output.get('data', {}).get('text/markdown', '')) for cell in page['cells'] for output in cell.get('outputs', []))
-    modules = sorted(f'{facts["lib_name"]}.{path.stem}' for path in (ROOT/facts['lib_name']).glob('*.py') if 'File to edit: ../nbs/' in path.read_text(encoding='utf-8'))
-    assert sorted(re.findall(r'^## (.+)$', shown, flags=re.MULTILINE)) == modules   # otherwise run nbs/99_api.ipynb again
-    exported = {name for path in (ROOT/facts['lib_name']).glob('*.py') for name in exported_names(path)}
-    assert exported - {*re.findall(r'<code>(\w+)</code>', shown)} == set()
+    page = json.loads((NBS / "99_api.ipynb").read_text(encoding="utf-8"))
+    shown = "\n".join(
+        "".join(output.get("data", {}).get("text/markdown", ""))
+        for cell in page["cells"]
+        for output in cell.get("outputs", [])
+    )
+    modules = sorted(
+        f"{facts['lib_name']}.{path.stem}"
+        for path in (ROOT / facts["lib_name"]).glob("*.py")
+        if "File to edit: ../nbs/" in path.read_text(encoding="utf-8")
+    )
+    assert (
+        sorted(re.findall(r"^## (.+)$", shown, flags=re.MULTILINE)) == modules
+    )  # otherwise run nbs/99_api.ipynb again
+    exported = {name for path in (ROOT / facts["lib_name"]).glob("*.py") for name in exported_names(path)}
+    assert exported - {*re.findall(r"<code>(\w+)</code>", shown)} == set()
 
 
-@pytest.mark.parametrize('path', WORKFLOWS, ids=names)
+@pytest.mark.parametrize("path", WORKFLOWS, ids=names)
 def test_workflow_fits_its_schema(path):
-    check_schema('vendor.github-workflows', path)
+    check_schema("vendor.github-workflows", path)
 
 
 def test_citation_fits_its_schema():
-    check_schema('vendor.citation-file-format', ROOT/'CITATION.cff')
+    check_schema("vendor.citation-file-format", ROOT / "CITATION.cff")
 
 
 def check_schema(schema, path):
     "Check the file at `path` against a schema that comes with check-jsonschema"
-    done = subprocess.run([sys.executable, '-m', 'check_jsonschema', '--builtin-schema', schema, str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(path)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def contents(tree):
     "The notebooks, site files and modules of a checkout: text by path"
-    files = [path for folder in ('nbs', 'sdpo_nb') for path in sorted((tree/folder).rglob('*')) if path.suffix in {'.ipynb', '.py', '.yml', '.txt', '.md'}]
-    return {path.relative_to(tree).as_posix(): path.read_text(encoding='utf-8') for path in files}
+    files = [
+        path
+        for folder in ("nbs", "sdpo_nb")
+        for path in sorted((tree / folder).rglob("*"))
+        if path.suffix in {".ipynb", ".py", ".yml", ".txt", ".md"}
+    ]
+    return {path.relative_to(tree).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
-NBDEV = '''
+NBDEV = """
 from nbdev.doclinks import nbdev_export
 from nbdev.clean import nbdev_clean
 from nbdev.quarto import refresh_quarto_yml
 nbdev_export()
 nbdev_clean()
 refresh_quarto_yml()
-'''
+"""
 
 
 def test_notebooks_are_clean_and_in_step_with_the_modules(tree):
     before = contents(tree)
-    subprocess.run([sys.executable, '-c', NBDEV], cwd=tree, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", NBDEV], cwd=tree, check=True, capture_output=True)
     after = contents(tree)
     assert [path for path in sorted(before | after) if before.get(path) != after.get(path)] == []
 
 
-PROCESS = '''
+PROCESS = """
 from nbdev.serve import proc_nbs
 proc_nbs(n_workers=0)
-'''
+"""
 
 
 def test_site_pages_can_be_made(tree):
     "What nbdev does before Quarto: exported cells and imports run, `show_doc` is filled in"
-    done = subprocess.run([sys.executable, '-c', PROCESS], cwd=tree, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROCESS], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = {path.name for path in (tree/'_proc').glob('*.ipynb')}
+    made = {path.name for path in (tree / "_proc").glob("*.ipynb")}
     assert made == {path.name for path in NOTEBOOKS}
-    assert [file for file in site_files(load_site()) if not (tree/'_proc'/file).exists()] == []
-    nested = re.compile(r'\[\[`')   # nbdev links names in backticks: they must not be links already
-    assert [path.name for path in sorted((tree/'_proc').glob('*.ipynb')) if nested.search(path.read_text(encoding='utf-8'))] == []
-    hidden = json.loads((tree/'_proc'/'06_dense.ipynb').read_text(encoding='utf-8'))
-    assert any('def interpolate_rewards(' in ''.join(cell['source']) for cell in hidden['cells'])
+    assert [file for file in site_files(load_site()) if not (tree / "_proc" / file).exists()] == []
+    nested = re.compile(r"\[\[`")  # nbdev links names in backticks: they must not be links already
+    assert [
+        path.name
+        for path in sorted((tree / "_proc").glob("*.ipynb"))
+        if nested.search(path.read_text(encoding="utf-8"))
+    ] == []
+    hidden = json.loads((tree / "_proc" / "16_dense.ipynb").read_text(encoding="utf-8"))
+    assert any("def interpolate_rewards(" in "".join(cell["source"]) for cell in hidden["cells"])
 
 
 def test_readme_is_made_from_the_index():
-    assert subprocess.run([sys.executable, ROOT/'.ci'/'readme.py', '--check'], capture_output=True, text=True).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True
+        ).returncode
+        == 0
+    )

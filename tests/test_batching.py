@@ -1,8 +1,9 @@
 "Schedules: every cell once, the announced number of updates, one generator decides everything."
+
 import pytest
 import torch
 
-from sdpo_nb.schedules import micro_batches, schedules, step_accumulated, step_shuffled
+from sdpo_nb.batching import micro_batches, schedules, step_accumulated, step_shuffled
 
 SIZES = [(1, 1, 1), (4, 1, 2), (6, 5, 3), (6, 5, 6), (12, 7, 4), (128, 50, 64)]
 
