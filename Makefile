@@ -1,7 +1,9 @@
 # Needs Python >= 3.10 with venv, and make:
 #   make demo            train the embedded model and print its rewards before and after
-#   make test            notebooks and tests, as one report
-#   make test-slow       the tests and cells that take minutes
+#   make test            notebooks and tests, as one report, on all cores
+#   make test-slow       the tests and cells that take minutes, and ground that is rarely touched
+#   make check NB=17_advantages   format, export and run one notebook, its tests and those of the style
+#   make format          the one formatter, over cells, tests and benchmarks
 #   make export-check    are the notebooks clean and in step with the modules?
 #   make docs            the site, in _docs (needs Quarto 1.10)
 #   make clean           remove the environment, builds and caches
@@ -16,9 +18,11 @@ TORCH  ?=
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 FACTS := settings.ini setup.py pyproject.toml constraints/cpu.txt
+# One process of one thread for each core; who has finished takes over tests of the others.
+PARALLEL := --numprocesses auto --dist worksteal
 CONSTRAINT := $(if $(TORCH)$(shell command -v nvidia-smi 2>/dev/null),,--constraint constraints/cpu.txt)
 
-.PHONY: help demo test test-slow export-check docs clean
+.PHONY: help demo test test-slow check format export-check docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,10 +46,17 @@ demo: $(VENV)/.installed
 	$(BIN)/sdpo-train tiny --output_dir runs/demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/python .ci/check.py $(NB)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format nbs tests benchmarks .ci
+	$(BIN)/ruff check --fix nbs tests benchmarks .ci
 
 export-check: $(VENV)/.installed-dev
 	$(BIN)/nbdev-export
@@ -58,6 +69,6 @@ docs: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" nbdev-docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache .ruff_cache
 	find nbs sdpo_nb tests -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Draw the picture that a link to the site is shown with, and the icon of its tab, from what the shipped model predicts.
+"""Draw the picture that a link to the site shows, and the icon of its tab, from what the shipped model predicts.
 
 python .ci/card.py            # writes nbs/images/card.png and nbs/images/icon.png
 python .ci/card.py FOLDER     # writes them there
@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdpo_nb.dense import select_anchor
 from sdpo_nb.files import atomic_write
-from sdpo_nb.mdp import make_ddim, pair_noise, sample_trajectories
+from sdpo_nb.mdp import pair_noise, sample_trajectories
 from sdpo_nb.models import load_policy
 
 images = Path(__file__).resolve().parent.parent / "nbs" / "images"
@@ -35,18 +35,15 @@ night, film, hole, edge, paper, quiet, amber = (
 
 
 @torch.no_grad()
-def play_pair() -> tuple:
+def sample_pair() -> tuple:
     "Two trajectories from one noise: what they predict at each step `[2,T,3,H,W]`, and their anchors `[2]`."
     policy = load_policy("tiny", device="cpu")
     initial, noises = pair_noise(0, 0, [0], num_steps, policy.latent_shape)
     embedding = policy.embed([prompt] * 2)
-    game = sample_trajectories(
-        lambda x, t: policy.predict(x, t, embedding),
-        make_ddim(policy.scheduler, num_steps),
-        initial[:, 0],
-        noises[:, 0],
-    )
-    return policy.decode(game.pred_x0.flatten(0, 1)).unflatten(0, (2, num_steps)), select_anchor(game.pred_x0).tolist()
+    sampler = policy.sampler(num_steps)
+    found = sample_trajectories(lambda x, t: policy.predict(x, t, embedding), sampler, initial[:, 0], noises[:, 0])
+    pictures = policy.decode(found.pred_x0.flatten(0, 1)).unflatten(0, (2, num_steps))
+    return pictures, select_anchor(found.pred_x0).tolist()
 
 
 def enlarge(picture: torch.Tensor, size: int) -> Image.Image:
@@ -120,6 +117,6 @@ def save(image: Image.Image, path: Path):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else images
-    pictures, anchors = play_pair()
+    pictures, anchors = sample_pair()
     save(draw_card(pictures, anchors), folder / "card.png")
     save(draw_icon(pictures[1, -1]), folder / "icon.png")

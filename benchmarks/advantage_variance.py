@@ -1,10 +1,11 @@
 """Where the variance of returns comes from, and what each way of normalising leaves of it: no training, only sampling.
 
-    python benchmarks/advantage_variance.py               # seeds 0 to 4 -> benchmarks/results/experiments/advantage_variance.jsonl
+    python benchmarks/advantage_variance.py               # seeds 0 to 4 -> results/experiments/advantage_variance.jsonl
     python benchmarks/advantage_variance.py --seeds 7 8
 
-One line a seed and reward. What is there already is left alone, so an interrupted call goes on where it stopped.
-A minute a seed on one core: 36 epochs of 16 pairs from the embedded model as it is shipped, each scored by three rewards.
+One line a seed and reward. What is there already is left alone, so an interrupted call goes on where it stopped. A
+minute a seed on one core: 36 epochs of 16 pairs from the embedded model as it is shipped, each scored by three
+rewards.
 """
 
 import argparse
@@ -17,18 +18,15 @@ import torch
 
 from sdpo_nb.advantages import normalizers, rows_by_prompt, variance_parts
 from sdpo_nb.config import preset_config
-from sdpo_nb.files import append_jsonl, read_jsonl
+from sdpo_nb.files import append_jsonl, read_jsonl, versions
 from sdpo_nb.models import load_policy
 from sdpo_nb.rewards import get_reward
-from sdpo_nb.trainer import Trainer, versions
+from sdpo_nb.trainer import Trainer
 
 results = Path(__file__).parent / "results" / "experiments" / "advantage_variance.jsonl"
 rewards = ("shapes_aesthetic", "shapes_alignment", "warmth")
-epochs, first, settled = (
-    36,
-    slice(0, 6),
-    slice(12, 36),
-)  # the memory of 12 prompts is half full after 6 epochs and full after 12, on average
+# the memory of 12 prompts is half full after 6 epochs and full after 12, on average
+epochs, first, settled = 36, slice(0, 6), slice(12, 36)
 
 
 def rounded(table: torch.Tensor) -> list:
@@ -37,7 +35,7 @@ def rounded(table: torch.Tensor) -> list:
 
 
 def collect(seed: int) -> tuple[Trainer, list, dict]:
-    "Prompts of every epoch's pairs, and by reward the returns `[2,B,T]` of every epoch with their cost; the policy stays as it is"
+    "Prompts of each epoch's pairs, and by reward each epoch's returns `[2,B,T]` with their cost; nothing is trained"
     trainer = Trainer(
         load_policy("tiny", device="cpu"),
         rewards[0],
@@ -45,19 +43,17 @@ def collect(seed: int) -> tuple[Trainer, list, dict]:
         preset_config("tiny", seed=seed, normalizer="none", epochs=epochs),
         callbacks=[],
     )
-    prompts, found = (
-        [],
-        {name: dict(reward=get_reward(name), returns=[], seconds=0.0, reward_queries=0) for name in rewards},
-    )
+    empty, prompts = dict(seconds=0.0, reward_queries=0), []
+    found = {name: dict(reward=get_reward(name), returns=[], **empty) for name in rewards}
     for epoch in range(epochs):
-        started = time.perf_counter()
-        rollout = trainer.sample(epoch)
+        started, trainer.counts["epoch"] = time.perf_counter(), epoch
+        rollout = trainer.sample()
         sampling = time.perf_counter() - started
         prompts.append(rollout.prompts)
         for record in found.values():
             started, rollout.queries = time.perf_counter(), 0
             trainer.reward = record["reward"]
-            trainer.score(rollout, epoch)
+            trainer.score(rollout)
             trainer.credit(rollout)  # without a normaliser the advantages are the returns
             record["returns"].append(rollout.advantages)
             record["seconds"] += sampling + time.perf_counter() - started
@@ -73,8 +69,8 @@ def advantages_by(name: str, prompts: list, returns: list) -> list:
     ]
 
 
-def by_cell(values: torch.Tensor, prompts: list, names: list, advantage_clip: float) -> dict:
-    "For every prompt and step `[P,T]`: the mean, and the root mean square difference within pairs after the clip, as the loss takes it"
+def by_prompt_and_step(values: torch.Tensor, prompts: list, names: list, advantage_clip: float) -> dict:
+    "For every prompt and step `[P,T]`: the mean, and the root mean square difference in pairs after the loss's clip"
     groups = rows_by_prompt(prompts)
     held = values.clamp(-advantage_clip, advantage_clip)
     means = [values[:, groups[name]].mean((0, 1)) for name in names]
@@ -82,8 +78,8 @@ def by_cell(values: torch.Tensor, prompts: list, names: list, advantage_clip: fl
     return {"mean": rounded(torch.stack(means)), "difference": rounded(torch.stack(differences))}
 
 
-def judge(name: str, prompts: list, returns: list, names: list, advantage_clip: float) -> dict:
-    "One normaliser: parts of the variance early and late, the scale of every cell, and what the clip takes"
+def report(name: str, prompts: list, returns: list, names: list, advantage_clip: float) -> dict:
+    "One normaliser: parts of the variance early and late, the scale of every prompt and step, and what the clip takes"
     advantages = advantages_by(name, prompts, returns)
 
     def joined(epochs):
@@ -96,7 +92,7 @@ def judge(name: str, prompts: list, returns: list, names: list, advantage_clip: 
     return {
         **parts,
         "beyond_clip": (values.abs() > advantage_clip).float().mean().item(),
-        **by_cell(values, pair_prompts, names, advantage_clip),
+        **by_prompt_and_step(values, pair_prompts, names, advantage_clip),
     }
 
 
@@ -120,7 +116,7 @@ def run(seed: int) -> list:
             "epochs": {"first": [first.start, first.stop], "settled": [settled.start, settled.stop]},
             "prompts": trainer.prompts,
             "normalizers": {
-                kind: judge(kind, prompts, record["returns"], trainer.prompts, config.advantage_clip)
+                kind: report(kind, prompts, record["returns"], trainer.prompts, config.advantage_clip)
                 for kind in normalizers
             },
         }

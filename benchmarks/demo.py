@@ -16,8 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdpo_nb.config import preset_config, resolve
-from sdpo_nb.files import read_json, read_jsonl, write_json
-from sdpo_nb.trainer import versions
+from sdpo_nb.files import read_json, read_jsonl, versions, write_json
 
 results = Path(__file__).parent / "results" / "demo"
 

@@ -4,11 +4,12 @@
     python benchmarks/experiments.py order main --workers 4 --seeds 1 2 3
     python benchmarks/experiments.py --check                # fails if a run is missing
 
-Each group is a file benchmarks/results/experiments/GROUP.jsonl with one line a run. A run that is there already is not
-repeated, in whichever group it was made, so an interrupted call goes on where it stopped. A run takes about 90 s on a core.
-The groups: search (learning rate and clip of each method for each reward, on a seed of its own), order and normalizers (chapters 9 and 7),
-main (methods x seeds x rewards), factors (order of updates against treatment of steps), spo (its own choices), queries, ablations, steps,
-few_steps (every method trained at one and two steps, at equal reward queries).
+Each group is a file benchmarks/results/experiments/GROUP.jsonl with one line a run. A run that is there already is
+not repeated, in whichever group it was made, so an interrupted call goes on where it stopped. A run takes about 90
+s on a core. The groups: search (learning rate and clip of each method for each reward, on a seed of its own), order
+and normalizers (for their pages), main (methods x seeds x rewards), factors (order of updates against treatment of
+steps), spo (its own choices), queries, ablations, steps, few_steps (every method trained at one and two steps, at
+equal reward queries).
 """
 
 import argparse
@@ -19,23 +20,23 @@ import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
-import sdpo_nb
 import torch
 
+from sdpo_nb.advantages import credit_rules
 from sdpo_nb.cli import method_settings, method_trainer
-from sdpo_nb.config import TrainConfig, prompt_lists, resolve
+from sdpo_nb.config import RunConfig, resolve
 from sdpo_nb.evaluate import coverage, step_generalization
-from sdpo_nb.files import append_jsonl, read_jsonl, read_json, write_json
+from sdpo_nb.files import append_jsonl, read_json, read_jsonl, versions, write_json
 from sdpo_nb.models import load_policy
-from sdpo_nb.rewards import get_reward, load_network
-from sdpo_nb.shapes import all_captions
-from sdpo_nb.trainer import Callback, versions
+from sdpo_nb.prompts import prompt_lists
+from sdpo_nb.rewards import get_reward
+from sdpo_nb.run import Callback
+from sdpo_nb.shapes import all_captions, assets, load_network
 
-assets = Path(sdpo_nb.__file__).parent / "assets"
 results = Path(__file__).parent / "results" / "experiments"
 quality, alignment = "shapes_aesthetic", "shapes_alignment"
 watched = (quality, alignment, "jpeg_compressibility")
@@ -43,7 +44,9 @@ epochs, curve_epochs = 16, (2, 4, 8)
 curve_steps, all_steps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 50)
 search_steps, search_seed = (1, 4, 16), 201
 evaluation_seed, pairs = 1000, 48
-# The captions that the shipped model follows worst, `hardest_captions()`: the twelve balanced ones it follows so well that no method improved them.
+search_evaluation_seed = 2000  # from now on; the committed searches were judged on the pairs that are reported
+# The captions that the shipped model follows worst, `hardest_captions()`: the twelve balanced ones it follows so well
+# that no method improved them.
 hardest = (
     "a green star on a white background",
     "a green star on a black background",
@@ -70,7 +73,9 @@ shuffled = dict(order="step_shuffled", **even_steps)
 
 
 def tree(candidates) -> dict:
-    "SPO's sampling for at most 32 trajectories an epoch; with three ordinary steps of ten a tree costs 0.8, 0.7, 0.65 of what it is counted as (k = 2, 4, 8)"
+    """SPO's sampling for at most 32 trajectories an epoch.
+
+    With three ordinary steps of ten a tree costs 0.8, 0.7, 0.65 of what it is counted as (k = 2, 4, 8)."""
     trees = 32 // candidates
     return dict(candidates=candidates, pairs_per_epoch=trees, pairs_per_update=min(trees, 8))
 
@@ -81,7 +86,7 @@ class Method:
 
     recipe: str
     changes: dict = field(default_factory=dict)
-    clips: tuple = ()  # none where every epoch makes a single update from fresh samples: its log-ratios are 0 and no clip can act
+    clips: tuple = ()  # none where an epoch makes one update, from fresh samples: no clip can act on log-ratios of 0
 
 
 methods = {
@@ -108,7 +113,7 @@ few_step_methods = {
     "D3PO, 2 steps": Method("d3po", dict(epochs=40, **two_steps)),
     "PRDP/REBEL, 2 steps": Method("rebel", dict(epochs=40, **two_steps)),
     "LaSRO, 1 step": Method("lasro", dict(epochs=10, num_steps=1, pretrain_prompts=52, pairs_per_epoch=16)),
-    "SDPO, 1 step": Method("sdpo", dict(epochs=26, credit="causal", train_last_step=True, **one_step)),
+    "SDPO, 1 step": Method("sdpo", dict(epochs=26, credit="reward_to_go", train_last_step=True, **one_step)),
     "DDPO, 1 step": Method("ddpo", dict(epochs=40, **one_step)),
 }
 methods |= few_step_methods
@@ -120,18 +125,38 @@ class Run:
 
     group: str
     name: str
-    config: TrainConfig
+    config: RunConfig
 
     @property
-    def key(self):  # what decides the numbers
-        return json.dumps(
-            {
-                name: value
-                for name, value in asdict(resolve(self.config)).items()
-                if name not in ("output_dir", "resume")
-            },
-            sort_keys=True,
-        )
+    def key(self) -> str:
+        return key_of(asdict(self.config))
+
+
+renamed = {"lasro": {"anchor_weight": "reference_penalty", "pairs_per_update": "surrogate_batch"}}  # since they ran
+aliases = {alias: name for name, rule in credit_rules.items() for alias in rule.aliases}
+
+
+@cache
+def settings_class(recipe) -> type:
+    return method_settings(recipe)
+
+
+def key_of(settings: dict) -> str:
+    """What decides the numbers of a run: the settings that its method obeys, under the names of today.
+
+    A run that is older than a setting had its default; a setting that is gone was not obeyed."""
+    return resolved_key(json.dumps(settings))
+
+
+@cache
+def resolved_key(text) -> str:
+    settings = json.loads(text)
+    kind, names = settings_class(settings["recipe"]), renamed.get(settings["recipe"], {})
+    given = {names.get(name, name): value for name, value in settings.items() if name not in ("output_dir", "resume")}
+    found = asdict(resolve(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})))
+    if "credit" in found:
+        found["credit"] = aliases.get(found["credit"], found["credit"])
+    return json.dumps(found, sort_keys=True)
 
 
 def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
@@ -165,17 +190,17 @@ def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
 
 
 def plan(config) -> list:
-    "What is measured when: (epoch, which prompts, step counts, pairs)"
+    "What is measured when: (epoch, which prompts, step counts, pairs, seed of the pairs)"
     if config.seed == search_seed:
-        return [(config.epochs, "trained", search_steps, 48)]
+        return [(config.epochs, "trained", search_steps, 48, search_evaluation_seed)]
     return [
-        *((epoch, "trained", curve_steps, pairs) for epoch in curve_epochs),
-        (config.epochs, "trained", all_steps, pairs),
-        (config.epochs, "unseen", search_steps, 48),
+        *((epoch, "trained", curve_steps, pairs, evaluation_seed) for epoch in curve_epochs),
+        (config.epochs, "trained", all_steps, pairs, evaluation_seed),
+        (config.epochs, "unseen", search_steps, 48, evaluation_seed),
     ]
 
 
-def measure(policy, which, steps, samples, reward) -> dict:
+def measure(policy, which, steps, samples, seed, reward) -> dict:
     "Rewards, agreement, diversity and coverage at these step counts, on fixed pairs of prompt and noise"
     others = {name: get_reward(name) for name in watched}
     prompts = list((trained_prompts if which == "trained" else unseen_prompts)[reward])
@@ -185,7 +210,7 @@ def measure(policy, which, steps, samples, reward) -> dict:
         prompts,
         steps=steps,
         samples=samples,
-        seed=evaluation_seed,
+        seed=seed,
         other_rewards={name: other for name, other in others.items() if name != reward},
     )
     return {
@@ -224,11 +249,11 @@ def base() -> Path:
     return Path(tempfile.gettempdir()) / f"sdpo_nb_before_{hashlib.sha256(weights).hexdigest()[:12]}"
 
 
-def measure_before(policy, which, steps, samples, reward) -> dict:
+def measure_before(policy, which, steps, samples, seed, reward) -> dict:
     "The same of the model before training; measured once, then remembered"
-    path = base() / f"{which}_{'_'.join(map(str, steps))}_{samples}_{reward}.json"
+    path = base() / f"{which}_{'_'.join(map(str, steps))}_{samples}_{seed}_{reward}.json"
     if not path.is_file():
-        write_json(path, measure(policy, which, steps, samples, reward))
+        write_json(path, measure(policy, which, steps, samples, seed, reward))
     return read_json(path)
 
 
@@ -318,22 +343,32 @@ def final_gain(line) -> float:
     return sum(a - b for a, b in zip(last["mean"], before["mean"])) / len(last["steps"])
 
 
+def tried(line) -> str:
+    "What the search varies"
+    config = line["config"]
+    clip = f", clip {config['clip_range']:g}" if config.get("clip_range") is not None else ""
+    return f"learning rate {config['learning_rate']:g}{clip}"
+
+
 def candidates(name, reward) -> list:
     "What the search has tried for a method and a reward"
     return [line for line in lines("search") if line["name"] == name and line["reward"] == reward]
 
 
 def search_runs(name, reward) -> list:
-    "Four learning rates, for half of the epochs; one beyond the edge if the best lies there; then other clips at the best: six settings at most"
+    """Four learning rates, for half of the epochs; one beyond the edge if the best lies there; then other clips.
+
+    Six settings at most; the clips are tried at the best learning rate."""
     half = methods[name].changes.get("epochs", epochs) // 2
 
     def run(**changes):
         return make_run("search", name, name, search_seed, reward, epochs=half, checkpoint_every=half, **changes)
 
+    clip = searchable(resolve(make_run("", "", name, 0).config))
     found = {
         line["config"]["learning_rate"]: final_gain(line)
         for line in candidates(name, reward)
-        if line["config"]["clip_range"] == default_clip(name)
+        if "clip_range" not in clip or line["config"]["clip_range"] == clip["clip_range"]
     }
     rates = [3e-4, 1e-3, 3e-3, 1e-2]
     runs = [run(learning_rate=rate) for rate in rates]
@@ -349,9 +384,9 @@ def search_runs(name, reward) -> list:
     return runs + [run(learning_rate=best, clip_range=clip) for clip in methods[name].clips][: 6 - len(runs)]
 
 
-def default_clip(name) -> float:
-    "The clip of a method before the search"
-    return resolve(make_run("", "", name, 0).config).clip_range
+def searchable(config) -> dict:
+    "What the search varies, where the method obeys it"
+    return {name: getattr(config, name) for name in ("learning_rate", "clip_range") if hasattr(config, name)}
 
 
 def searched(name, reward=quality) -> dict:
@@ -359,8 +394,8 @@ def searched(name, reward=quality) -> dict:
     tried = candidates(name, reward)
     if not tried:
         raise SystemExit(f"{name} has not been searched for {reward}; run the group 'search' first.")
-    best = max(tried, key=final_gain)["config"]
-    return {"learning_rate": best["learning_rate"], "clip_range": best["clip_range"]}
+    best, obeyed = max(tried, key=final_gain)["config"], searchable(settings_class(methods[name].recipe)())
+    return {setting: best[setting] for setting in obeyed}
 
 
 def search(seeds):
@@ -427,7 +462,7 @@ def ablations(seeds):
         "anchor among all": {"anchor": "all"},
         "random anchor": {"anchor": "random"},
         "no anchor (first and last)": {"queries": "terminal"},
-        "causal credit": {"credit": "causal"},
+        "causal credit": {"credit": "reward_to_go"},
         "gamma 0.9": {"gamma": 0.9},
         "gamma 1": {"gamma": 1.0},
         "lambda 1 (no weights)": {"step_weight": 1.0},
@@ -462,7 +497,14 @@ def steps(seeds):
         ),
         *(
             make_run(
-                "steps", "T=1, causal credit", "SDPO", seed, num_steps=1, credit="causal", train_last_step=True, **same
+                "steps",
+                "T=1, causal credit",
+                "SDPO",
+                seed,
+                num_steps=1,
+                credit="reward_to_go",
+                train_last_step=True,
+                **same,
             )
             for seed in seeds[:3]
         ),
@@ -484,7 +526,8 @@ def few_steps(seeds):
     ]
 
 
-untold = "judges/untold"  # made by `python -m sdpo_nb.spo judges` in about five minutes; relative, so run this from the folder that has it
+# Made by `python -m sdpo_nb.preference judges` in about five minutes; relative, so run this from the folder that has it
+untold = "judges/untold"
 
 
 def spo(seeds):
@@ -527,15 +570,10 @@ groups = {
 
 def known_lines() -> dict:
     "Every run of every group by what decides its numbers"
-    found, defaults = {}, asdict(TrainConfig())
+    found = {}
     for group in groups:
         for line in lines(group):
-            settings = {**defaults, **line["config"]}  # a run that is older than a setting had its default
-            key = json.dumps(
-                {name: value for name, value in settings.items() if name not in ("output_dir", "resume")},
-                sort_keys=True,
-            )
-            found.setdefault(key, {})[group, line["name"]] = line
+            found.setdefault(key_of(line["config"]), {})[group, line["name"]] = line
     return found
 
 
@@ -568,8 +606,8 @@ def work(runs, workers):
             line, run = job.result(), jobs[job]
             append_jsonl(results / f"{run.group}.jsonl", line)
             print(
-                f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, learning rate {line['config']['learning_rate']:g}, "
-                f"clip {line['config']['clip_range']:g}: gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s",
+                f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, {tried(line)}: "
+                f"gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s",
                 flush=True,
             )
     copy_lines(runs)

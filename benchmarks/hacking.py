@@ -1,10 +1,10 @@
 """Train for a reward that can be pleased without doing what was asked, and keep watching what it should have meant.
 
-    python benchmarks/hacking.py                            # every variant, seeds 1, 2, 3 -> benchmarks/results/experiments/hacking.jsonl
+    python benchmarks/hacking.py               # every variant, seeds 1, 2, 3 -> results/experiments/hacking.jsonl
     python benchmarks/hacking.py --seeds 7 --variants hack
 
-Each line is one run: its log, and every few epochs an evaluation on captions and noise that training never meets. What is there
-already is left alone, so an interrupted call goes on where it stopped.
+Each line is one run: its log, and every few epochs an evaluation on captions and noise that training never meets.
+What is there already is left alone, so an interrupted call goes on where it stopped.
 """
 
 import argparse
@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sdpo_nb.config import balanced, preset_config
+from sdpo_nb.config import preset_config
 from sdpo_nb.evaluate import step_generalization
-from sdpo_nb.files import append_jsonl, read_jsonl
+from sdpo_nb.files import append_jsonl, read_jsonl, versions
 from sdpo_nb.models import load_policy
+from sdpo_nb.prompts import balanced
 from sdpo_nb.rewards import get_reward
+from sdpo_nb.run import Callback
 from sdpo_nb.shapes import all_captions
-from sdpo_nb.trainer import Callback, Trainer, versions
+from sdpo_nb.trainer import Trainer
 
 results = Path(__file__).parent / "results" / "experiments" / "hacking.jsonl"
 variants = {  # name -> what differs from the preset
@@ -124,7 +126,8 @@ def main():
                 record = done[variant, seed]
             first, last = record["evaluations"][0], record["evaluations"][-1]
             print(
-                f"{variant}, seed {seed}: {record['seconds']:.0f} s; at {first['steps'][-1]} steps from epoch 0 to {last['epoch']}, "
+                f"{variant}, seed {seed}: {record['seconds']:.0f} s; "
+                f"at {first['steps'][-1]} steps from epoch 0 to {last['epoch']}, "
                 + ", ".join(
                     f"{name} {first[name][-1]:.2f} -> {last[name][-1]:.2f}"
                     for name in ("mean", "agreement", "diversity")

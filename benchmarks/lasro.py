@@ -1,11 +1,12 @@
-"""LaSRO on the embedded model: how much a batch knows about the way up at few steps, and runs with parts changed (`variants` says what).
+"""LaSRO on the embedded model: how much a batch knows about the way up at few steps, and runs with parts changed.
 
-    python benchmarks/lasro.py                                  # everything, seeds 1, 2, 3 -> benchmarks/results/experiments/lasro.jsonl
+    python benchmarks/lasro.py                   # everything, seeds 1, 2, 3 -> results/experiments/lasro.jsonl
     python benchmarks/lasro.py --groups runs --names LaSRO --seeds 7
-    python benchmarks/lasro.py --groups tuning                  # learning rate and anchor, seed 101 -> benchmarks/results/tuning/lasro.jsonl
+    python benchmarks/lasro.py --groups tuning   # its two settings, seed 101 -> results/tuning/lasro.jsonl
 
-Each line is one measurement (group "gradients") or one training (group "runs"). What is there already is left alone, so an interrupted call
-goes on where it stopped. On one idle core the whole takes about half an hour, a run a little less than one minute.
+Each line is one measurement (group "gradients") or one training (group "runs"). What is there already is left
+alone, so an interrupted call goes on where it stopped. On one idle core the whole takes about half an hour, a run a
+little less than one minute.
 """
 
 import argparse
@@ -18,14 +19,17 @@ from pathlib import Path
 
 import torch
 from experiments import shorten
+from halves import backward, first_half, take_gradient, updates
 
-from sdpo_nb.config import TrainConfig, balanced, resolve
+from sdpo_nb.config import TrainConfig, resolve
 from sdpo_nb.evaluate import step_generalization
-from sdpo_nb.files import append_jsonl, read_jsonl
+from sdpo_nb.files import append_jsonl, read_jsonl, versions
 from sdpo_nb.lasro import LaSROConfig, LaSROTrainer
 from sdpo_nb.models import load_policy
+from sdpo_nb.prompts import balanced
+from sdpo_nb.run import Callback
 from sdpo_nb.shapes import all_captions
-from sdpo_nb.trainer import Callback, Trainer, versions
+from sdpo_nb.trainer import Trainer
 
 results = Path(__file__).parent / "results"
 reward, other = "shapes_aesthetic", "shapes_alignment"
@@ -36,24 +40,19 @@ defaults = LaSROConfig()
 # 1,272 reward queries: 26*6*2 before the first round and 8*6*2 in each of ten. SDPO asks 1,280 in 16 epochs
 variants = {  # name -> what is changed
     "LaSRO": {},
-    "no online adaptation": {
-        "surrogate_steps": 0
-    },  # nothing learns from the 960 queries of the rounds: they only watch
-    "no anchor": {"anchor_weight": 0.0},
+    "no online adaptation": {"surrogate_steps": 0},  # nothing learns from the rounds' 960 queries: they only watch
+    "no anchor": {"reference_penalty": 0.0},
     "three times the learning rate": {"learning_rate": 3 * defaults.learning_rate},
-    "only the head learns, ten times as fast": {
+    "only the head learns, ten times as fast": {  # a head alone is slow
         "surrogate_learns": "head",
         "surrogate_learning_rate": 10 * defaults.surrogate_learning_rate,
-    },  # a head alone is slow
+    },
     "no gradient through the re-noising": {"through_noise": False},
-    "one step": {
-        "num_steps": 1,
-        "pretrain_prompts": 52,
-        "pairs_per_epoch": 16,
-    },  # twice the prompts, as each sample is one query instead of two
+    # twice the prompts, as each sample is one query instead of two
+    "one step": {"num_steps": 1, "pretrain_prompts": 52, "pairs_per_epoch": 16},
 }
 tuning = {
-    f"learning rate {rate:g}, anchor {weight:g}": {"learning_rate": rate, "anchor_weight": weight}
+    f"learning rate {rate:g}, anchor {weight:g}": {"learning_rate": rate, "reference_penalty": weight}
     for rate, weight in ((1e-3, 1.5), (3e-3, 1.5), (1e-3, 0.5), (3e-3, 15.0))
 }
 
@@ -142,9 +141,8 @@ batches, trajectories = 8, 32
 def policy_gradients(recipe, num_steps, seed, **changes) -> tuple:
     "Gradients of independent batches, all trained steps of all trajectories in each; the trainer that made them"
     if num_steps == 1:
-        changes |= dict(
-            credit="causal", train_last_step=True
-        )  # without these SDPO has no signal at one step, and says so
+        # without these SDPO has no signal at one step, and says so
+        changes |= dict(credit="reward_to_go", train_last_step=True)
     config = TrainConfig(
         recipe=recipe,
         reward=reward,
@@ -157,33 +155,25 @@ def policy_gradients(recipe, num_steps, seed, **changes) -> tuple:
     )
     trainer, gradients = Trainer(load_policy("tiny", device="cpu"), reward, "shapes", config, []), []
     for epoch in range(batches):
-        rollout = trainer.rollout(epoch)
-        (update,) = trainer.epoch_updates(rollout, epoch)
-        trainer.apply_update(rollout, update)
+        rollout = first_half(trainer, epoch)
+        (update,) = updates(trainer, rollout)
+        backward(trainer, rollout, update)
         gradients.append(take_gradient(trainer))
     return torch.stack(gradients), trainer
 
 
 def surrogate_gradients(num_steps, seed) -> tuple:
     "The same of a surrogate that was fitted once"
-    config = LaSROConfig(
-        **{**common, "anchor_weight": 0.0}, num_steps=num_steps, generator_batch=trajectories, seed=seed
-    )
+    settings = {**common, "reference_penalty": 0.0, "generator_batch": trajectories}
+    config = LaSROConfig(**settings, num_steps=num_steps, seed=seed)
     trainer, gradients = LaSROTrainer(load_policy("tiny", device="cpu"), reward, "shapes", config, []), []
     trainer.pretrain()
     trainer.scale.update(trainer.surrogate_scores(trainer.before["outputs"], trainer.before["prompts"]), recentre=True)
     trainer.surrogate.learning(False)
     trainer.optimizer_step = lambda: gradients.append(take_gradient(trainer)) or 0.0
     for number in range(batches):
-        trainer.generator_step(0, number)
+        trainer.generator_step(number)
     return torch.stack(gradients), trainer
-
-
-def take_gradient(trainer) -> torch.Tensor:
-    "All of it in a row, and away"
-    gradient = torch.cat([parameter.grad.flatten().clone() for parameter in trainer.parameters])
-    trainer.optimizer.zero_grad()
-    return gradient
 
 
 def signal_and_noise(gradients) -> tuple:
@@ -195,7 +185,9 @@ def signal_and_noise(gradients) -> tuple:
 
 @torch.no_grad()
 def reward_of_a_step(trainer, gradient, moved=0.1) -> dict:
-    "The change of reward, by step count, when the weights go against the gradient until one-step outputs have moved by so much (root mean square)"
+    """The change of reward, by step count, when the weights go against the gradient.
+
+    They go until one-step outputs have moved by so much (root mean square)."""
     policy, prompts, seeds = trainer.policy, list(balanced) * 4, list(range(48))
     start = [parameter.clone() for parameter in trainer.parameters]
 

@@ -1,13 +1,13 @@
-"""How much a training step keeps for its backward pass: counted for full-size models, without a GPU and without their memory.
+"""How much a training step keeps for its backward pass: counted for full-size models, without a GPU or their memory.
 
-    python benchmarks/memory.py                       # one row a model and precision, with and without gradient checkpointing
+    python benchmarks/memory.py                  # a row for each model and precision, with and without checkpointing
     python benchmarks/memory.py --kinds sd_turbo
 
-The networks are built with their real shapes on torch's `meta` device, where tensors have a size but no content, and every tensor that
-autograd stores for the backward pass is counted once. With gradient checkpointing, what the largest block stores while it is computed
-again is added. Attention counts as on a GPU, by what fused kernels store: queries, keys, values and result, not the matrix between
-them. Other kernels may store more or less, so this is an estimate.
-The numbers are those of `sdpo_nb.config.model_sizes`. One JSON line a row goes to `--output`.
+The networks are built with their real shapes on torch's `meta` device, where tensors have a size but no content,
+and every tensor that autograd stores for the backward pass is counted once. With gradient checkpointing, what the
+largest block stores while it is computed again is added. Attention counts as on a GPU, by what fused kernels store:
+queries, keys, values and result, not the matrix between them. Other kernels may store more or less, so this is an
+estimate. The numbers are those of `sdpo_nb.plan.model_sizes`. One JSON line a row goes to `--output`.
 """
 
 import argparse
@@ -135,6 +135,7 @@ if __name__ == "__main__":
         for row in rows(kind):
             append_jsonl(options.output, row)
             print(
-                f"{kind:<12}{row['precision']}  {row['gb_per_sample']:6.2f} GB a sample, {row['gb_per_sample_checkpointed']:5.2f} GB with gradient checkpointing   {row['millions']}",
+                f"{kind:<12}{row['precision']}  {row['gb_per_sample']:6.2f} GB a sample, "
+                f"{row['gb_per_sample_checkpointed']:5.2f} GB with gradient checkpointing   {row['millions']}",
                 flush=True,
             )

@@ -1,10 +1,11 @@
-"""Pipelines of the real classes with random weights, saved as folders: for tests, benchmarks and rehearsals where no weights are at hand.
+"""Pipelines of the real classes with random weights, as folders: for tests, benchmarks and rehearsals.
 
-    python benchmarks/random_models.py sd_turbo FOLDER               # the layout of stabilityai/sd-turbo at full width, 5 GB
-    python benchmarks/random_models.py sdxl_turbo FOLDER --width 32  # that of stabilityai/sdxl-turbo, narrow enough for a laptop
-    python benchmarks/random_models.py lcm FOLDER --width 32         # that of SimianLuo/LCM_Dreamshaper_v7
+    python benchmarks/random_models.py sd_turbo FOLDER               # as stabilityai/sd-turbo, at full width, 5 GB
+    python benchmarks/random_models.py sdxl_turbo FOLDER --width 32  # as stabilityai/sdxl-turbo, fit for a laptop
+    python benchmarks/random_models.py lcm FOLDER --width 32         # as SimianLuo/LCM_Dreamshaper_v7
 
-`--width` (320) narrows every layer alike; numbers of blocks, prediction type and scheduler stay. What these models paint is noise.
+`--width` (320) narrows every layer alike; numbers of blocks, prediction type and scheduler stay. What these models
+paint is noise.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def sd_turbo(width, image_size):
 
 
 def sdxl_turbo(width, image_size):
-    "Stable Diffusion XL, distilled: two text encoders, sizes and pooled text as added conditions; 2.6 G parameters in the UNet at full width"
+    "SDXL, distilled: two text encoders, sizes and pooled text as added conditions; a UNet of 2.6 G parameters"
     tokenizer, first = text_encoder(CLIPTextModel, 768, 12, width)
     pooled = 1280 * width // full_width
     tokenizer_2, second = text_encoder(CLIPTextModelWithProjection, 1280, 32, width, projection_dim=pooled)

@@ -1,20 +1,19 @@
-"""What it saves to score in a thread while sampling goes on: rounds of sampling and scoring, with and without, in one run.
+"""What it saves to score in a thread while sampling goes on: rounds of both, with and without, in one run.
 
-    python benchmarks/scoring_worker.py                                   # the embedded model: a reward that waits, and one that computes
+    python benchmarks/scoring_worker.py          # the embedded model: a reward that waits, and one that computes
     python benchmarks/scoring_worker.py --waits 0.5 1 2 --micro_batch 2
-    python benchmarks/scoring_worker.py --policy FOLDER --precision bf16 --rewards jpeg_compressibility warmth --output mine.jsonl
+    python benchmarks/scoring_worker.py --policy FOLDER --precision bf16 --rewards jpeg_compressibility warmth
 
-`--waits` stand for a reward elsewhere: it sleeps, in all for so many times as long as sampling itself takes in this run. Once in
-proportion to the pictures, as another GPU would take, and once for as long at each call, however many pictures it has, as a distant
-server may. `--rewards` are real ones, which want the same processor (or, on a GPU, may not).
-The two ways take turns, `--rounds` times each, and the table gives the median of the ratios. The most that can be saved is the
-shorter of the two, sampling or scoring, for all groups of batches but one. One JSON line a row is added to `--output`.
+`--waits` stand for a reward elsewhere: it sleeps, in all for so many times as long as sampling itself takes in this
+run. Once in proportion to the pictures, as another GPU would take, and once for as long at each call, however many
+pictures it has, as a distant server may. `--rewards` are real ones, which want the same processor (or, on a GPU,
+may not). The two ways take turns, `--rounds` times each, and the table gives the median of the ratios. The most
+that can be saved is the shorter of the two, sampling or scoring, for all groups of batches but one. One JSON line a
+row is added to `--output`.
 """
 
 import argparse
 import math
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,11 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from halves import first_half, machine
 
 from sdpo_nb.config import TrainConfig, resolve
-from sdpo_nb.files import append_jsonl
+from sdpo_nb.files import append_jsonl, versions
 from sdpo_nb.models import load_policy, precisions
-from sdpo_nb.trainer import Trainer, versions
+from sdpo_nb.trainer import Trainer
 
 
 def waiting(of_picture=0.0, of_call=0.0):
@@ -39,11 +39,19 @@ def waiting(of_picture=0.0, of_call=0.0):
     return wait
 
 
+def clock(device) -> float:
+    "Seconds of the wall, once a GPU is idle"
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def round_seconds(trainer, epoch):
     "Of the wall, for sampling, scoring and credit"
-    started = trainer.clock()
-    trainer.rollout(epoch)
-    return trainer.clock() - started
+    device = trainer.policy.device
+    started = clock(device)
+    first_half(trainer, epoch)
+    return clock(device) - started
 
 
 def make(policy, reward, given, worker, folder):
@@ -85,52 +93,49 @@ def sampling_seconds(policy, given):
     with tempfile.TemporaryDirectory() as folder:
         trainer, times = make(policy, waiting(), given, False, folder), []
         for number in range(3):
-            trainer.rollout(number)
-            times.append(trainer.seconds["sample"])
-    return statistics.median(times), trainer.counts["reward_queries"] / 3
+            started, trainer.counts["epoch"] = clock(policy.device), number
+            rollout = trainer.sample()
+            times.append(clock(policy.device) - started)
+            trainer.score(rollout)
+    return statistics.median(times), rollout.queries
 
 
-def main():
+def arguments():
+    "What the command line says"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default="tiny", help="as load_policy takes it")
     parser.add_argument("--precision", default="fp32", choices=precisions)
-    parser.add_argument(
-        "--waits", type=float, nargs="*", default=[0.5, 1.0, 2.0], help="as multiples of what sampling takes"
-    )
+    parser.add_argument("--waits", type=float, nargs="*", default=[0.5, 1.0, 2.0], help="as multiples of sampling")
     parser.add_argument("--rewards", nargs="*", default=["jpeg_compressibility", "shapes_aesthetic"])
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--pairs_per_epoch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scoring_worker.jsonl")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def waits(times, alone, pictures):
+    "Rewards that wait, by what the table calls them"
+    for times_sampling in times:
+        seconds = times_sampling * alone
+        yield f"waits {times_sampling:g} × sampling, by the picture", waiting(of_picture=seconds / pictures)
+        yield f"waits {times_sampling:g} × sampling, by the call", waiting(of_call=seconds / math.ceil(pictures / 64))
+
+
+def main():
+    given = arguments()
     policy = load_policy(given.policy, precision=given.precision)
     alone, pictures = sampling_seconds(policy, given)
-    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.machine()
-    machine = {
-        "device": device,
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    print(
-        f"sampling alone {alone:.2f} s a round of {given.pairs_per_epoch // given.micro_batch} batches\n{'reward':<38}{'after':>10}{'meanwhile':>12}{'times as fast':>15}"
-    )
-    waits = [
-        (f"waits {times:g} × sampling, {kind}", reward)
-        for times in given.waits
-        for kind, reward in (
-            ("by the picture", waiting(of_picture=times * alone / pictures)),
-            ("by the call", waiting(of_call=times * alone / math.ceil(pictures / 64))),
-        )
-    ]
-    for name, reward in [*waits, *((name, name) for name in given.rewards)]:
+    batches = given.pairs_per_epoch // given.micro_batch
+    print(f"sampling alone {alone:.2f} s a round of {batches} batches")
+    print(f"{'reward':<38}{'after':>10}{'meanwhile':>12}{'times as fast':>15}")
+    for name, reward in [*waits(given.waits, alone, pictures), *((name, name) for name in given.rewards)]:
         row = compare(policy, reward, given)
         after, meanwhile = (statistics.median(row[f"seconds_{how}"]) for how in ("after_each_other", "in_a_thread"))
         print(f"{name:<38}{after:>8.2f} s{meanwhile:>10.2f} s{row['ratio']:>14.2f}×", flush=True)
-        append_jsonl(
-            given.output, {"reward": name, "sampling_seconds": alone, **row, "machine": machine, "versions": versions()}
-        )
+        found = {"reward": name, "sampling_seconds": alone, **row}
+        append_jsonl(given.output, {**found, "machine": machine(policy), "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SDXL-Turbo with its two text encoders, latent consistency models with a step of their own, and guidance: what has to be different, and nothing else.
+"""SDXL-Turbo with two text encoders, latent consistency models, and guidance: what has to be different, nothing else.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/families.html.md"""
 
@@ -9,8 +9,10 @@ __all__ = ['SDXLEmbedding', 'SDXLPolicy', 'ConsistencyPolicy']
 
 # %% ../nbs/55_families.ipynb #9edbaa23
 from dataclasses import dataclass
+
 import torch
-from .models import Policy, PromptEmbedding, quiet_loading
+
+from .models import Policy, PromptEmbedding
 
 # %% ../nbs/55_families.ipynb #9c66ce64
 @dataclass
@@ -24,20 +26,6 @@ class SDXLEmbedding(PromptEmbedding):
 class SDXLPolicy(Policy):
     "A `StableDiffusionXLPipeline` as a policy"
 
-    def __init__(self, pipeline, name="pipeline"):
-        super().__init__(pipeline, name)
-        if self.dtype == torch.float16:
-            with quiet_loading():
-                self.vae.to(torch.float32 if self.vae.config.force_upcast else torch.float16)
-
-    @classmethod
-    def types(
-        cls,
-        dtype: torch.dtype,  # that was asked for
-    ) -> dict:  # of each part, as diffusers reads it
-        "The autoencoder is read in float32 where the rest is float16, in which most overflow"
-        return {**super().types(dtype), **({"vae": torch.float32} if dtype == torch.float16 else {})}
-
     @torch.no_grad()
     def encode(
         self,
@@ -48,19 +36,16 @@ class SDXLPolicy(Policy):
             prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         size = tuple(side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:])
+        width = self.pipeline.text_encoder_2.config.projection_dim
         ids = self.pipeline._get_add_time_ids(
-            size,
-            (0, 0),
-            size,
-            dtype=prompt_embeds.dtype,
-            text_encoder_projection_dim=self.pipeline.text_encoder_2.config.projection_dim,
+            size, (0, 0), size, dtype=prompt_embeds.dtype, text_encoder_projection_dim=width
         )
         return SDXLEmbedding(prompt_embeds, pooled, ids.to(self.device))
 
     def conditioning(
         self,
         embedding: SDXLEmbedding,  # of B prompts
-    ) -> dict:  # keyword arguments of the UNet
+    ) -> dict:  # keyword arguments of the denoiser
         "Token states, and what SDXL adds to the timestep"
         return dict(
             encoder_hidden_states=embedding.prompt_embeds,
@@ -78,6 +63,18 @@ class SDXLPolicy(Policy):
             torch.zeros_like(embedding.prompt_embeds), torch.zeros_like(embedding.pooled), embedding.time_ids
         )
 
+    def unscaled(
+        self,
+        latents: torch.Tensor,  # [B,C,H,W], as the sampler leaves them
+        config,  # of the decoder
+    ) -> torch.Tensor:  # [B,C,H,W], as the decoder wants them
+        "Some autoencoders of this family have a mean and a standard deviation for each channel"
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return super().unscaled(latents, config)
+        mean, std = (torch.tensor(numbers).view(1, -1, 1, 1).to(latents) for numbers in (mean, std))
+        return latents * std / config.scaling_factor + mean
+
 # %% ../nbs/55_families.ipynb #3d250ceb
 class ConsistencyPolicy(Policy):
     "A `LatentConsistencyModelPipeline` as a policy; `guidance_scale` is an input of its network"
@@ -93,30 +90,17 @@ class ConsistencyPolicy(Policy):
         batch_size: int,  # B
     ) -> torch.Tensor:  # [B, width], None where the network takes none
         "The guidance scale as the distilled network reads it; 0 stands for the stock pipeline's default"
-        width = self.unet.config.time_cond_proj_dim
+        width = self.denoiser.config.time_cond_proj_dim
         if width is None:
             return None
-        scale = self.guidance_scale or self.default_guidance
-        return self.pipeline.get_guidance_scale_embedding(
-            torch.full((batch_size,), scale - 1.0), embedding_dim=width
-        ).to(self.device, self.dtype)
+        scales = torch.full((batch_size,), (self.guidance_scale or self.default_guidance) - 1.0)
+        embedding = self.pipeline.get_guidance_scale_embedding(scales, embedding_dim=width)
+        return embedding.to(self.device, self.dtype)
 
     def conditioning(
         self,
         embedding: PromptEmbedding,  # of B prompts
-    ) -> dict:  # keyword arguments of the UNet
+    ) -> dict:  # keyword arguments of the denoiser
         "Token states and the guidance scale"
-        return dict(
-            encoder_hidden_states=embedding.prompt_embeds, timestep_cond=self.guidance_embedding(len(embedding))
-        )
-
-    def sample_own(self, prompts, latents, num_steps, generators):
-        "The stock pipeline with its own scheduler and the same guidance"
-        return self.pipeline(
-            prompts,
-            num_inference_steps=num_steps,
-            guidance_scale=self.guidance_scale or self.default_guidance,
-            latents=latents.to(self.dtype),
-            generator=generators,
-            output_type="latent",
-        ).images
+        guidance = self.guidance_embedding(len(embedding))
+        return dict(encoder_hidden_states=embedding.prompt_embeds, timestep_cond=guidance)

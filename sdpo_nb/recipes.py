@@ -1,4 +1,4 @@
-"""SDPO and its rivals differ in seven kinds of choices. A recipe writes them down; one loop runs them all.
+"""SDPO and its baselines differ in seven kinds of choices. A recipe writes them down; one loop runs them all.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/recipes.html.md"""
 
@@ -16,67 +16,38 @@ class Recipe:
     "A method as data: each field names a choice that some other module knows how to carry out"
 
     sampling: str = "pair"  # "single", "pair" (two trajectories from one initial noise) or "independent_pair"
-    queries: object = (
-        3  # which pictures are scored: "final" (the finished sample), or predicted ones: "terminal", 3, 5, "all"
-    )
+    # which pictures are scored: "final" (the finished sample), or predicted clean samples: "terminal", 3, 5, "all"
+    queries: int | str = 3
     anchor: str = "interior"  # where anchors may lie: "interior", "all" or "random"
-    credit: str = "paper"  # which rewards an action is credited with: "paper", "causal" or "gain"
-    gamma: float = 0.99  # discount per step, for paper and causal credit
-    gae_lambda: float = 0.9  # decay per step, for gain credit
+    credit: str = "paper"  # which rewards an action is credited with, by a name or alias of `credit_rules`
+    gamma: float = 0.99  # discount per step, for the credit rules return (paper) and reward_to_go (causal)
+    gae_lambda: float = 0.9  # decay per step, for the credit rule gae (gain)
     normalizer: str = "step_prompt"  # statistics per "step_prompt", "prompt", "step", "batch", or "none"
-    order: str = "step_shuffled"  # how (pair, step) cells reach the optimiser: "step_shuffled" or "step_accumulated"
+    order: str = "step_shuffled"  # how transitions reach the optimiser: "step_shuffled" or "step_accumulated"
     step_weight: float = 0.99  # λ: step i of the loss weighs λ^i
     loss: str = "reward_difference"  # the loss, by its name in `sdpo_nb.objectives.objectives`
     clip_range: float = 5e-3  # how far a log-ratio may move before the clipped branch takes over; 0 for no clipping
-    train_last_step: bool = True  # False leaves out the step whose noise no predicted picture can see
+    train_last_step: bool = True  # False leaves out the step whose noise no predicted clean sample can see
     log_ratio_scale: str = "none"  # "per_step" makes the log-ratios of all steps equally sensitive to the network
-    prev_timestep: str = (
-        "diffusers"  # where a step lands: "diffusers" as DDIMScheduler.step, "reference" as the public SDPO code
-    )
+    prev_timestep: str = "diffusers"  # where a step lands: as in diffusers, or "reference" as in SDPO's public code
     beta: float = 0.1  # how sharply a margin counts, for the loss "preference"
     settings: str = "TrainConfig"  # the class of the settings that go with it
 
 # %% ../nbs/21_recipes.ipynb #701a845f
-recipes = {
+_of_final_sample = Recipe(queries="final", credit="causal", gamma=1.0, order="step_accumulated", step_weight=1.0)
+recipes = {  # name -> Recipe
     "sdpo": Recipe(train_last_step=False, log_ratio_scale="per_step"),
     "sdpo_gain": Recipe(credit="gain", train_last_step=False, log_ratio_scale="per_step"),
     "sdpo_reference": Recipe(anchor="all", prev_timestep="reference", clip_range=1e-4),
-    "ddpo": Recipe(
-        sampling="single",
-        queries="final",
-        credit="causal",
-        gamma=1.0,
-        normalizer="prompt",
-        order="step_accumulated",
-        step_weight=1.0,
-        loss="ppo_clip",
-    ),
-    "d3po": Recipe(
-        queries="final",
-        credit="causal",
-        gamma=1.0,
-        normalizer="none",
-        order="step_accumulated",
-        step_weight=1.0,
-        loss="preference",
-        clip_range=0.1,
-    ),
-    "prdp": Recipe(
-        sampling="independent_pair",
-        queries="final",
-        credit="causal",
-        gamma=1.0,
-        normalizer="prompt",
-        order="step_accumulated",
-        step_weight=1.0,
-        loss="trajectory_difference",
-    ),
+    "ddpo": replace(_of_final_sample, sampling="single", normalizer="prompt", loss="ppo_clip"),
+    "d3po": replace(_of_final_sample, normalizer="none", loss="preference", clip_range=0.1),
+    "prdp": replace(_of_final_sample, sampling="independent_pair", normalizer="prompt", loss="trajectory_difference"),
 }
 recipes["rebel"] = replace(recipes["prdp"], clip_range=0.0)
-recipes["spo"] = replace(recipes["d3po"], beta=10.0, settings="SPOConfig")  # sampling and comparing: `sdpo_nb.spo`
-recipes["lasro"] = replace(
-    recipes["ddpo"], sampling="independent_pair", settings="LaSROConfig"
-)  # no policy gradient at all: `sdpo_nb.lasro`
+# sampling and comparing: `sdpo_nb.spo`
+recipes["spo"] = replace(recipes["d3po"], beta=10.0, settings="SPOConfig")
+# no policy gradient at all: `sdpo_nb.lasro`
+recipes["lasro"] = replace(recipes["ddpo"], sampling="independent_pair", settings="LaSROConfig")
 
 # %% ../nbs/21_recipes.ipynb #1046ae35
 def register_recipe(

@@ -24,7 +24,9 @@ def without_clock(run):
 
 
 def same_learning(first, second, alone, untrained):
-    "Two processes agree bit by bit, and with one process nearly: AdamW divides by the size of the gradient, so rounding shows where it is tiny; compare with what was learnt in all"
+    """Two processes agree bit by bit, and with one process nearly.
+
+    AdamW divides by the size of the gradient, so rounding shows where it is tiny; compare with all that was learnt."""
     assert all(torch.equal(first[name], second[name]) for name in first)
     moved = max((alone[name] - start).abs().max().item() for name, start in untrained.items())
     assert moved > 0 and max((first[name] - alone[name]).abs().max().item() for name in first) < 0.05 * moved

@@ -1,10 +1,12 @@
-"""Tiny, randomly initialised, real diffusers pipelines, built offline: small enough for a CPU, big enough to be exercised."""
+"Tiny, randomly initialised, real diffusers pipelines, built offline, and what tests of several rooms do with them."
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = "a the red blue circle square on background cat dog".split()
@@ -113,3 +115,80 @@ def random_stable_diffusion(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def nudged(policy, size=0.3):
+    "The policy with a LoRA that really changes its output."
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters().items():
+            if "lora_B" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def stock_pipeline(folder, **scheduler):
+    "What a user has: diffusers alone, with DDIM where the scheduler's settings are given."
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
+    return pipeline
+
+
+def stock_images(pipeline, prompts, seeds, num_steps, **arguments):
+    "Pictures of a stock pipeline, without guidance."
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = dict(num_inference_steps=num_steps, guidance_scale=0.0, generator=generators, output_type="pt")
+    return pipeline(prompts, **options, **arguments).images
+
+
+# A block's place among the numbered ones of the original programs, for one layer in a block; then names inside it.
+ORIGINAL_UNET = [
+    (r"^conv_in\.", "input_blocks.0.0."),
+    (r"^time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+    (r"^conv_norm_out\.", "out.0."),
+    (r"^conv_out\.", "out.2."),
+    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
+    (r"^down_blocks\.(\d)\.(r|a)\w+\.0\.", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.{'ra'.index(m[2])}."),
+    (r"^up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2."),
+    (r"^up_blocks\.(\d)\.(r|a)\w+\.(\d)\.", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{'ra'.index(m[2])}."),
+    (r"^mid_block\.(r|a)\w+\.(\d)\.", lambda m: f"middle_block.{1 if m[1] == 'a' else 2 * int(m[2])}."),
+    (r"\.norm1\.(?=\w+$)(?<!s\.0\.norm1\.)", ".in_layers.0."),
+    (r"\.conv1\.", ".in_layers.2."),
+    (r"\.time_emb_proj\.", ".emb_layers.1."),
+    (r"\.conv2\.", ".out_layers.3."),
+    (r"\.conv_shortcut\.", ".skip_connection."),
+    (r"^(\w+\.\d+(?:\.\d)?)\.norm2\.", r"\1.out_layers.0."),
+]
+ORIGINAL_VAE = [
+    (r"conv_norm_out", "norm_out"),
+    (r"encoder\.down_blocks\.(\d)\.resnets\.", r"encoder.down.\1.block."),
+    (r"encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"decoder\.up_blocks\.(\d)\.resnets\.", lambda m: f"decoder.up.{1 - int(m[1])}.block."),
+    (r"decoder\.up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"decoder.up.{1 - int(m[1])}.upsample."),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0\.", "proj_out."),
+]
+
+
+def single_file(pipeline, path):
+    "The weights of a `random_stable_diffusion` in one file, under the names of the original program."
+
+    def renamed(network, rules, prefix):
+        for key, tensor in network.state_dict().items():
+            for pattern, name in rules:
+                key = re.sub(pattern, name, key)
+            yield prefix + key, tensor.contiguous()
+
+    parts = [
+        (pipeline.unet, ORIGINAL_UNET, "model.diffusion_model."),
+        (pipeline.vae, ORIGINAL_VAE, "first_stage_model."),
+    ]
+    parts.append((pipeline.text_encoder, [(r"^text_model\.", "")], "cond_stage_model.transformer.text_model."))
+    save_file({key: tensor for part in parts for key, tensor in renamed(*part)}, path)
+    return path

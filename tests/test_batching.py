@@ -1,9 +1,9 @@
-"Schedules: every cell once, the announced number of updates, one generator decides everything."
+"Schedules: every transition once, the announced number of updates, one generator decides everything."
 
 import pytest
 import torch
 
-from sdpo_nb.batching import micro_batches, schedules, step_accumulated, step_shuffled
+from sdpo_nb.batching import Minibatch, pooled_transitions, schedules, step_accumulated, step_shuffled
 
 SIZES = [(1, 1, 1), (4, 1, 2), (6, 5, 3), (6, 5, 6), (12, 7, 4), (128, 50, 64)]
 
@@ -18,18 +18,18 @@ def as_lists(updates):
 
 @pytest.mark.parametrize("name", list(schedules))
 @pytest.mark.parametrize("num_pairs, num_steps, pairs_per_update", SIZES)
-def test_every_cell_is_visited_exactly_once(name, num_pairs, num_steps, pairs_per_update):
+def test_every_transition_is_visited_exactly_once(name, num_pairs, num_steps, pairs_per_update):
     updates = schedules[name](num_pairs, num_steps, pairs_per_update, generator=generator())
-    cells = [cell for update in as_lists(updates) for cell in update]
-    assert sorted(cells) == [(pair, step) for pair in range(num_pairs) for step in range(num_steps)]
+    assert sorted(sum(as_lists(updates), [])) == [
+        (pair, step) for pair in range(num_pairs) for step in range(num_steps)
+    ]
 
 
 @pytest.mark.parametrize("name", list(schedules))
 @pytest.mark.parametrize("steps", [[0], [3, 1], [0, 1, 2, 4], torch.tensor([2, 0])])
 def test_only_the_trainable_steps_are_visited(name, steps):
     updates = schedules[name](6, 5, 2, steps=steps, generator=generator())
-    cells = [cell for update in as_lists(updates) for cell in update]
-    assert sorted(cells) == sorted((pair, int(step)) for pair in range(6) for step in steps)
+    assert sorted(sum(as_lists(updates), [])) == sorted((pair, int(step)) for pair in range(6) for step in steps)
 
 
 @pytest.mark.parametrize("num_pairs, num_steps, pairs_per_update", SIZES)
@@ -45,11 +45,6 @@ def test_the_updates_per_epoch_of_the_published_configurations():
     "128 pairs and 50 steps: 100 updates with 64 pairs an update, 50 with 128."
     assert len(step_shuffled(128, 50, 64, generator=generator())) == 100
     assert len(step_shuffled(128, 50, 128, generator=generator())) == 50
-
-
-def test_a_shuffled_update_takes_one_step_of_each_of_its_pairs():
-    for pair, _ in step_shuffled(12, 7, 4, generator=generator()):
-        assert len(pair.unique()) == 4
 
 
 def test_shuffled_updates_go_over_all_pairs_before_a_pair_returns():
@@ -118,22 +113,39 @@ def test_impossible_steps_are_refused(name, steps):
         schedules[name](4, 3, 2, steps=steps, generator=generator())
 
 
-@pytest.mark.parametrize("name", list(schedules))
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 1000])
-def test_micro_batches_add_up_to_the_mean_of_the_update(name, micro_batch):
-    losses = torch.randn(12, 7, dtype=torch.float64, generator=generator())
-    for update in schedules[name](12, 7, 4, generator=generator()):
-        pieces = list(micro_batches(update, micro_batch))
-        assert torch.equal(torch.cat([pair for pair, _, _ in pieces]), update[0])
-        assert torch.equal(torch.cat([step for _, step, _ in pieces]), update[1])
-        assert all(len(pair) <= micro_batch for pair, _, _ in pieces)
-        assert sum(weight for _, _, weight in pieces) == pytest.approx(1)
-        total = sum(weight * losses[pair, step].mean() for pair, step, weight in pieces)
-        assert total.item() == pytest.approx(losses[update].mean().item(), abs=1e-12)
+@pytest.mark.parametrize("micro_batch", [1, 3, 1000])
+def test_micro_batches_of_micro_batches_add_up_to_the_whole(micro_batch):
+    generator_, count = generator(), 28
+    losses, weight = torch.randn(2, count, dtype=torch.float64, generator=generator_)
+    coefficients = torch.randn(2, count, dtype=torch.float64, generator=generator_)
+    whole = Minibatch(torch.arange(count), torch.arange(count) % 7, 0.5, coefficients, weight, last=False)
+    parts = [part for half in whole.split(15) for part in half.split(micro_batch)]
+    assert torch.equal(torch.cat([part.group for part in parts]), whole.group)
+    assert torch.equal(torch.cat([part.step for part in parts]), whole.step)
+    assert torch.equal(torch.cat([part.weight for part in parts]), weight)
+    assert sum(part.share for part in parts) == pytest.approx(0.5)
+    total = sum(part.share * losses[part.group].mean() for part in parts)
+    assert total.item() == pytest.approx(0.5 * losses.mean().item(), abs=1e-12)
+    total = sum(part.share * part.coefficients.sum(1) for part in parts)
+    assert total.tolist() == pytest.approx((0.5 * coefficients.sum(1)).tolist(), abs=1e-12)
+    assert not any(part.last for part in parts)  # the minibatch itself is not the last of its update
 
 
-@pytest.mark.parametrize("micro_batch", [0, -1])
-def test_empty_micro_batches_are_refused(micro_batch):
-    update = step_shuffled(4, 3, 2, generator=generator())[0]
-    with pytest.raises(ValueError, match="micro_batch is"):
-        list(micro_batches(update, micro_batch))
+@pytest.mark.parametrize("micro_batch", [1, 3, 7, 1000])
+def test_the_last_micro_batch_says_so(micro_batch):
+    group, step = step_shuffled(14, 1, 14, generator=generator())[0]
+    parts = Minibatch(group, step).split(micro_batch)
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert max(map(len, parts)) <= micro_batch
+
+
+def test_negative_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="micro_batch is -1"):
+        step_shuffled(4, 3, 2, generator=generator())[0].split(-1)
+
+
+def test_pooled_transitions_follow_their_generator():
+    valid = torch.rand(9, 5, generator=generator()) > 0.5
+    first, again, other = (as_lists(pooled_transitions(valid, 4, generator(seed))) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(sum(first, [])) == sorted(sum(other, [])) == [tuple(pair) for pair in valid.nonzero().tolist()]

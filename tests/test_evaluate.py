@@ -1,45 +1,50 @@
-"""Evaluation deals the same pairs at every step count, measures what it says, and compares only what belongs together."""
+"""Evaluation uses the same pairs at every step count, measures what it says, and compares only like with like."""
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import sdpo_nb.evaluate as evaluate
 from sdpo_nb.evaluate import (
     StepEvaluation,
-    agreement_share,
+    _t_quantile,
     compare,
     comparison_table,
     coverage,
     evaluation_pairs,
     gains_over_seeds,
+    paired_gain,
+    possible_steps,
     prompt_diversity,
-    read_attributes,
     seed_interval,
-    shrink,
     spread_indices,
     step_generalization,
-    t_quantile,
+    usual_steps,
 )
 from sdpo_nb.files import read_json, write_json
-from sdpo_nb.mdp import make_ddim
-from sdpo_nb.models import Policy
-from sdpo_nb.shapes import backgrounds, caption, colors, parse_caption, random_scenes, render
-from random_pipelines import SCHEDULER, random_stable_diffusion
+from sdpo_nb.models import load_policy
+from sdpo_nb.samplers import make_sampler
+from sdpo_nb.shapes import all_captions, backgrounds, caption, colors, parse_caption, random_scenes, render
+from random_pipelines import SCHEDULER
 
 
 class WorldPolicy:
-    "Draws what the prompt names by arithmetic; a share of its pictures, larger at few steps, shows another scene. Remembers every call."
+    "Draws what the prompt names; a share of its pictures, larger at few steps, shows another scene. Remembers calls"
 
     latent_shape, device = (3, 32, 32), torch.device("cpu")
     pipeline = SimpleNamespace(vae_scale_factor=1)
 
     def __init__(self, skill=1.0, brightness=0.0):
-        self.scheduler = self.own_scheduler = make_ddim(SCHEDULER)
+        self.own_scheduler = DDIMScheduler(**SCHEDULER)
         self.skill, self.brightness, self.calls = skill, brightness, []
+
+    def sampler(self, num_steps):
+        return make_sampler(self.own_scheduler, num_steps)
 
     def sample(self, prompts, num_steps, *, seeds, eta, own_scheduler, batch_size, return_latents):
         assert len(prompts) <= batch_size and return_latents
@@ -96,8 +101,71 @@ def test_pairs_are_the_same_at_every_step_count_and_batch_size(oracle):
 
 
 def test_more_samples_only_add_pairs():
-    few, many = evaluation_pairs(PROMPTS, 5, 3), evaluation_pairs(PROMPTS, 3000, 3)
-    assert few == (many[0][:5], many[1][:5]) and len(set(many[1])) == 3000
+    few, many = evaluation_pairs(PROMPTS, 6, 3), evaluation_pairs(PROMPTS, 3000, 3)
+    assert few == (many[0][:6], many[1][:6]) and len(set(many[1])) == 3000
+
+
+def test_pairs_of_committed_results_stay():
+    "48 pairs of 12 or 24 prompts: prompt and seed by their place, as ever"
+    for count in (12, 24, 48):
+        names, seeds = evaluation_pairs([str(index) for index in range(count)], 48, 1000)
+        drawn = torch.randint(2**63 - 1, (48,), generator=torch.Generator().manual_seed(1000)).tolist()
+        assert names == [str(index % count) for index in range(48)] and seeds == drawn
+
+
+@pytest.mark.parametrize("samples", [1, 7, 64, 179, 180, 200, 256])
+def test_few_pairs_of_many_prompts_are_drawn(samples):
+    "Spread over the list, each prompt once, another draw with another seed; a smaller evaluation is part of a larger"
+    names = all_captions()
+    pairs = list(zip(*evaluation_pairs(names, samples, 1000)))
+    assert len(pairs) == samples and len({prompt for prompt, _ in pairs}) == min(samples, len(names))
+    for fewer in (1, samples // 4, samples - 1):
+        if fewer:
+            assert set(zip(*evaluation_pairs(names, fewer, 1000))) < set(pairs) or fewer == samples
+    if 1 < samples < len(names):
+        other = evaluation_pairs(names, samples, 1001)
+        assert {prompt for prompt, _ in pairs} != {*other[0]} and pairs != sorted(pairs)[:samples]
+
+
+def test_drawn_prompts_cover_the_list():
+    "64 captions of the whole world of shapes held 30 circles, 30 squares, 4 triangles and nothing else"
+    names = all_captions()
+    for seed in range(5):
+        told = [parse_caption(prompt) for prompt in evaluation_pairs(names, 64, seed)[0]]
+        for attribute, fewest in (("shape", 7), ("color", 4), ("background", 4)):
+            numbers = torch.tensor([names_[attribute] for names_ in told if attribute in names_]).bincount()
+            assert numbers.min() >= fewest, (seed, attribute, numbers)
+
+
+class ShortPolicy(WorldPolicy):
+    "Knows 25 timesteps and no more, as a consistency model that was distilled for them"
+
+    def sampler(self, num_steps):
+        if num_steps > 25:
+            raise ValueError(f"num_steps is {num_steps}; use at most 25.")
+        return super().sampler(num_steps)
+
+
+def test_step_counts_that_a_model_cannot_do_are_left_out_unless_asked_for(oracle):
+    policy = ShortPolicy()
+    assert possible_steps(policy) == [1, 2, 4, 8, 16] == step_generalization(policy, "warmth", PROMPTS, samples=2).steps
+    assert step_generalization(WorldPolicy(), "warmth", PROMPTS, samples=2).steps == [*usual_steps]
+    policy.calls.clear()
+    with pytest.raises(ValueError, match="num_steps is 50"):
+        step_generalization(policy, "warmth", PROMPTS, samples=2, steps=(1, 50))
+    assert policy.calls == []
+    policy.sampler = lambda num_steps: make_sampler(policy.own_scheduler, num_steps - 1)  # not even one step
+    assert possible_steps(policy) == [2, 4, 8, 16, 50]
+    policy.sampler = lambda num_steps: make_sampler(policy.own_scheduler, 0)
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        possible_steps(policy)
+
+
+def test_progress_is_told_in_sampling_steps(oracle):
+    "In the order of the work, by batch; all of them make n * sum(steps)"
+    done = []
+    step_generalization(WorldPolicy(), brightness, PROMPTS, steps=(1, 4), samples=5, batch_size=2, watch=done.append)
+    assert done == [2, 2, 1, 8, 8, 4]
 
 
 def test_options_reach_the_sampler(oracle):
@@ -136,21 +204,6 @@ def test_numbers_are_those_of_the_pictures(oracle):
     assert (result.agreement <= torch.stack([right.nanmean(1) for right in result.correct.values()]).amin(0)).all()
 
 
-def test_agreement_counts_what_is_named_only():
-    images = render(random_scenes(4, torch.Generator().manual_seed(0)))
-    seen = {attribute: logits.argmax(1).tolist() for attribute, logits in reference_oracle(images).items()}
-    right, wrong = list(backgrounds)[seen["background"][0]], list(backgrounds)[seen["background"][1] - 1]
-    prompts = [f"a square on a {right} background", f"a square on a {wrong} background", "a cat", "a square"]
-    correct = read_attributes(reference_oracle, images, prompts)
-    assert (
-        correct["background"][:2].tolist() == [1, 0]
-        and correct["background"][2:].isnan().all()
-        and correct["color"].isnan().all()
-    )
-    table = {name: values[None] for name, values in correct.items()}
-    assert agreement_share(table).tolist() == [0.5]
-
-
 def test_no_oracle_for_other_worlds(monkeypatch):
     def refuse(name):
         raise AssertionError("loaded for nothing")
@@ -160,17 +213,6 @@ def test_no_oracle_for_other_worlds(monkeypatch):
     assert step_generalization(policy, brightness, ["a cat", "a dog"], steps=(1,), samples=2).agreement is None
     policy.pipeline = SimpleNamespace(vae_scale_factor=16)  # its pictures would be larger
     assert step_generalization(policy, brightness, PROMPTS, steps=(1,), samples=2).agreement is None
-
-
-def test_diversity():
-    flat = torch.tensor([0.0, 0.6, 0.2, 0.9])[:, None, None, None].expand(4, 3, 48, 32)
-    assert prompt_diversity(flat, list("abab")) == pytest.approx((0.2 + 0.3) / 2)
-    assert math.isnan(prompt_diversity(flat, list("abcd")))
-    checkers = (torch.arange(64)[:, None] + torch.arange(64) & 1).float().expand(3, 64, 64)
-    assert prompt_diversity(torch.stack([checkers, 1 - checkers]), ["a", "a"]) == 0  # fine texture plays no part
-    assert shrink(torch.rand(2, 3, 20, 30), 32).shape == (2, 3, 20, 30) and shrink(
-        torch.rand(2, 3, 512, 768), 256
-    ).shape == (2, 3, 171, 256)
 
 
 @pytest.mark.parametrize("samples, prompts", [(1, 1), (2, 9), (9, 2), (256, 180), (8, 8), (7, 180)])
@@ -195,6 +237,7 @@ def test_comparison_is_paired_and_follows_the_layout(oracle, tmp_path):
     assert {"steps", "n", "reward", "before", "after", "gain", "agreement", "diversity"} <= set(result)
     assert result["steps"] == [1, 2, 4] and result["n"] == 30 and result["reward"] == "brightness"
     difference = after.rewards - before.rewards
+    assert result["gain"] == paired_gain(before.rewards, after.rewards)
     assert result["gain"]["mean"] == pytest.approx(difference.mean(1).tolist())
     assert result["gain"]["se"] == pytest.approx((difference.std(1) / 30**0.5).tolist())
     assert result["before"] == {"mean": before.mean.tolist(), "std": before.std.tolist()}
@@ -285,8 +328,8 @@ def test_broken_rewards_are_named(oracle):
         )
 
 
-def test_a_real_pipeline_before_and_after_a_lora(tmp_path):
-    policy = Policy(random_stable_diffusion(tmp_path / "pipeline"), "random")
+def test_a_real_pipeline_before_and_after_a_lora(random_folder):
+    policy = load_policy(random_folder(), device="cpu")
     options = dict(steps=(1, 3), samples=5, batch_size=2)
     before = step_generalization(policy, brightness, ["a cat", "a dog"], **options)
     assert before.images.shape == (2, 5, 3, 16, 16) and before.agreement is None and before.rewards.isfinite().all()
@@ -330,25 +373,15 @@ def test_rewards_go_by_their_names_too(oracle):
     assert policy.calls == []
 
 
-def test_coverage_is_an_effective_number():
-    def read(images):
-        return {"shape": images[:, 0, 0, :4], "color": images[:, 1, 0, :2]}
+def test_fine_texture_plays_no_part_in_diversity():
+    checkers = (torch.arange(64)[:, None] + torch.arange(64) & 1).float().expand(3, 64, 64)
+    assert prompt_diversity(torch.stack([checkers, 1 - checkers]), ["a", "a"]) == 0
 
-    def drawn(shape, color):
-        images = torch.zeros(len(shape), 3, 32, 32)
-        for image, of_shape, of_color in zip(images, shape, color):
-            image[0, 0, of_shape] = image[1, 0, of_color] = 1
-        return images
 
-    assert coverage(read, drawn([0, 1, 2, 3], [1, 1, 1, 1])) == pytest.approx({"shape": 4, "color": 1})
-    assert coverage(read, drawn([3, 3, 1, 1], [0, 0, 0, 1])) == pytest.approx(
-        {"shape": 2, "color": (1 / 0.75) ** 0.75 * 4**0.25}
-    )
-    collapsed, lively = (coverage(read, drawn(shape, [0] * 8))["shape"] for shape in ([0] * 7 + [1], [0] * 5 + [1] * 3))
-    assert 1 < collapsed < lively < 2
-    for wrong in (torch.zeros(0, 3, 32, 32), torch.zeros(2, 3, 64, 64), torch.zeros(3, 32, 32)):
-        with pytest.raises(ValueError, match="images has shape"):
-            coverage(read, wrong)
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (2, 3, 64, 64), (3, 32, 32)])
+def test_coverage_of_what_the_oracle_cannot_read(shape):
+    with pytest.raises(ValueError, match=f"images has shape {re.escape(str(list(shape)))}"):
+        coverage(reference_oracle, torch.zeros(shape))
 
 
 def test_t_quantiles():
@@ -362,14 +395,7 @@ def test_t_quantiles():
         30: 2.0423,
         120: 1.9799,
     }  # from printed tables
-    assert {freedom: t_quantile(freedom) for freedom in known} == pytest.approx(known, abs=6e-4)
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 12])
-def test_seed_intervals_hold_the_truth_19_times_in_20(seeds):
-    mean, half_width = seed_interval(7 + 3 * torch.randn(seeds, 20_000, generator=torch.Generator().manual_seed(0)))
-    assert mean.shape == half_width.shape == (20_000,) and mean.dtype == torch.float64
-    assert ((mean - 7).abs() < half_width).double().mean().item() == pytest.approx(0.95, abs=0.006)
+    assert {freedom: _t_quantile(freedom) for freedom in known} == pytest.approx(known, abs=6e-4)
 
 
 def test_seed_interval_of_one_seed_and_of_none():
@@ -437,7 +463,6 @@ def test_gains_over_seeds():
     [
         ([], {}, "runs is empty"),
         (RUNS + RUNS[:1], {}, "each seed once"),
-        ([RUNS[0], RUNS[1] | {"name": "accumulated"}], {}, "come from 2 settings"),
         ([RUNS[0], RUNS[1] | {"reward": "dark"}], {}, "come from 2 settings"),
         (RUNS, {"epoch": 3}, r"its epochs are \[0, 2, 4\]"),
         (RUNS, {"prompts": "new"}, "prompts='new'"),

@@ -1,4 +1,4 @@
-"""Both explorers in a real browser, moved with the keyboard. Runs where Chromium, npm, node and voila are; elsewhere the skip says what is missing."""
+"""Both explorers in a real browser, moved with the keyboard; skips say which program is missing."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAYWRIGHT = "playwright-core@1.65.1"
 NOTEBOOK = """
 import torch
-from sdpo_nb.explorer import TrajectoryExplorer
+from sdpo_nb.widget import TrajectoryExplorer
 from sdpo_nb.models import load_policy
 
 torch.set_num_threads(1)
@@ -140,10 +140,12 @@ def check(seen):
         ]
 
 
+@pytest.mark.slow
 def test_live_explorer(programs, served, tmp_path):
     check(drive(programs, served, "live", tmp_path))
 
 
+@pytest.mark.slow
 def test_static_explorer(programs, tmp_path):
     torch.manual_seed(0)
     policy = load_policy("tiny", device="cpu").add_lora()

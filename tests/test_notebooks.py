@@ -1,33 +1,33 @@
 """Every notebook runs from top to bottom, each in a process of its own."""
 
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
 
 import pytest
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells
+from notebook_process import run_cells
+from processes import PROCESSES
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = get_config(ROOT).tst_flags.split()
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUN = """
-import sys
-from nbdev.test import test_nb
-notebook, root, skipped, forced = sys.argv[1:]
-passed, seconds = test_nb(notebook, skip_flags=skipped.split(), force_flags=forced.split(), basepath=root)
-sys.exit(not passed)
-"""
 
 
 def run_notebook(path, forced=""):
     "Run the notebook at `path`, with the cells flagged `forced` too; its error output where it fails"
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(path), str(ROOT), " ".join(SKIPPED), forced], capture_output=True, text=True
-    )
-    return (done.stderr or done.stdout or f"exit status {done.returncode}") if done.returncode else None
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        process = PROCESSES.Process(target=run_cells, args=(str(path), SKIPPED, forced.split(), str(ROOT), output))
+        process.start()
+        process.join()
+        said = output.read_text(encoding="utf-8") if output.is_file() else ""
+        return (said or f"exit status {process.exitcode}") if process.exitcode else None
+
+
+def check(error):
+    if error is not None:
+        pytest.fail(error, pytrace=False)
 
 
 def has_slow_cells(path):
@@ -35,27 +35,12 @@ def has_slow_cells(path):
     return len(nb_test_cells(path, SKIPPED, ["slow"])) > len(nb_test_cells(path, SKIPPED))
 
 
-@pytest.fixture(scope="module")
-def runs(request):
-    "The selected notebooks, started at once, as many side by side as there are cores"
-    selected = [
-        item.callspec.params["path"]
-        for item in request.session.items
-        if getattr(item, "originalname", "") == "test_notebook"
-    ]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    yield {path: pool.submit(run_notebook, path) for path in selected}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook(path, runs):
-    error = runs[path].result()
-    assert error is None, error
+def test_notebook(path):
+    check(run_notebook(path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if has_slow_cells(path)], ids=lambda path: path.name)
 def test_notebook_with_slow_cells(path):
-    error = run_notebook(path, forced="slow")
-    assert error is None, error
+    check(run_notebook(path, forced="slow"))

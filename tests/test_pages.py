@@ -11,27 +11,25 @@ import pytest
 from test_project import NOTEBOOKS, ROOT, cells
 
 from sdpo_nb.cli import (
-    CommandParser,
     check_reward,
     evaluate_lora,
     flag_text,
-    intended_recipe,
-    method_settings,
-    parse_words,
     sample_lora,
-    signature_flags,
     source_help,
     train_command,
     training_config,
+    training_words,
 )
-from sdpo_nb.config import batch_line, prompt_lists
+from sdpo_nb.commands import CommandParser, flags_of
+from sdpo_nb.plan import batch_line
+from sdpo_nb.prompts import prompt_lists
 
 PAGES = [*NOTEBOOKS, ROOT / "README.md"]
 COMMANDS = ("sdpo-train", "sdpo-eval", "sdpo-sample")
 
 
 def shell_lines(path):
-    "The lines of the ```sh blocks of a notebook or Markdown page, without their comments; several commands in a line are several lines"
+    "The lines of the ```sh blocks of a notebook or Markdown page; several commands in a line are several lines"
     text = "\n\n".join(cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -39,7 +37,9 @@ def shell_lines(path):
 
 
 def own_words(line):
-    "A command of this package and its words, also behind `accelerate launch … $(which sdpo-train)`, with the number of processes; None for other lines"
+    """A command of this package, its words and the number of processes; None for other lines.
+
+    The command may stand behind `accelerate launch … $(which sdpo-train)`."""
     words = shlex.split(re.sub(r"\$\(which ([\w-]+)\)", r"\1", line), comments=True)
     place = next((i for i, word in enumerate(words) if word in COMMANDS), None)
     if place is None or (place and words[:2] != ["accelerate", "launch"]):
@@ -53,30 +53,35 @@ def command_lines(path):
     return [line for line in shell_lines(path) if own_words(line)]
 
 
+def check_known(reward):
+    "A reward in a file of the reader's is not here"
+    if ".py:" not in reward:
+        check_reward(reward)
+
+
 def check_train(words, processes):
     "Parse a line of sdpo-train, and check all that needs no files: flags, values, preset, reward, batches"
-    kind = method_settings(intended_recipe({"recipe": flag_text(words, "recipe")}))
-    flags = signature_flags(kind) | {"config": dict(anno=str, default=None, docment="a YAML file")}
     if "--help" in words:
         return
-    (preset,), given = parse_words(CommandParser("sdpo-train", {"[PRESET]": "a preset"}, flags, "Train."), words)
+    preset, given = training_words(words)
     if given.pop("resume", None) is not None:
         assert preset is None, "a run that goes on knows its settings"
         return
     if given.get("prompts") not in (*prompt_lists, None):
         given.pop("prompts")  # a file or data set of the reader's
-    given.pop("config", None)
+    if given.pop("config", None) is not None:
+        preset = preset or "tiny"  # the file is the reader's, and may name another
     given.pop("tracker", None)  # its package need not be installed
     config, _ = training_config(preset, given)
-    check_reward(config.reward)
+    check_known(config.reward)
     batch_line(config, processes)
 
 
 def check_function(name, function, positionals, words):
     "Parse a line of sdpo-eval or sdpo-sample"
-    _, given = parse_words(CommandParser(name, positionals, signature_flags(function), "Try."), words)
+    _, given = CommandParser(name, positionals, flags_of(function), "Try.").read(words)
     if "reward" in given:
-        check_reward(given["reward"])
+        check_known(given["reward"])
 
 
 def check(line):

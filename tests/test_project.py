@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from fastcore.nbio import nb_frontmatter, read_nb
 from nbdev.config import get_config, read_version
 from PIL import Image
 
@@ -70,7 +71,22 @@ def load_sidebar(section=None):
     return list(sidebar_entries(contents))
 
 
-CHAPTERS = [NBS / name for name in load_sidebar("Learn")]
+# The tens of a notebook's number say what it is for; the sidebar has a section for each group.
+GROUPS = {
+    "The method": "1",
+    "The loop": "2",
+    "Looking at a run": "3",
+    "Siblings": "4",
+    "How to": "5",
+    "Results": "6",
+    "Appendix": "09",
+}
+LEARN = [NBS / name for section in list(GROUPS)[:3] for name in load_sidebar(section)]
+REFERENCE = "22 23 24 25 27 28 29 32 33 35".split()  # numbers of pages to look things up in: no exercises
+CHAPTERS = [path for path in LEARN if path.name[:2] not in REFERENCE]
+MORE = ["41_spo", "43_lasro", "54_scorers", "60_baselines"]  # they have exercises, too
+EXERCISES = [*CHAPTERS, *(NBS / f"{name}.ipynb" for name in MORE)]
+RENAMED = {"viz": "31_figures", "schedules": "20_batching", "rivals": "60_baselines"}  # pages, and where they are now
 
 
 def test_version_is_the_same_everywhere():
@@ -127,14 +143,6 @@ def test_site_configuration():
         and site["website"]["repo-subdir"] == NBS.name
         and "source" in site["website"]["repo-actions"]
     )
-    contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    assert [entry["section"] for entry in contents if isinstance(entry, dict)] == [
-        "Learn",
-        "Other answers",
-        "How to",
-        "Reference",
-        "Results",
-    ]
     assert [item["text"] for item in site["website"]["navbar"]["left"]] == ["Learn", "How to", "Reference", "Results"]
 
 
@@ -170,6 +178,33 @@ def test_site_is_made_by_a_pinned_quarto():
 
 def test_every_notebook_stands_in_the_sidebar_once():
     assert sorted(load_sidebar()) == sorted(path.relative_to(NBS).as_posix() for path in NOTEBOOKS)
+
+
+def test_the_sidebar_has_a_section_for_each_group_of_numbers():
+    contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    assert contents[0] == "index.ipynb"
+    assert [entry["section"] for entry in contents[1:]] == list(GROUPS)
+    for section, tens in GROUPS.items():
+        numbered = [path.name for path in NOTEBOOKS if path.name[0] in tens]
+        assert load_sidebar(section) == sorted(numbered), section
+
+
+@pytest.mark.parametrize("tens", "0123456")
+def test_the_numbers_of_a_group_have_no_gaps(tens):
+    numbers = [path.name.partition("_")[0] for path in NOTEBOOKS if path.name[0] == tens]
+    assert numbers == [f"{tens}{i}" for i in range(len(numbers))]
+
+
+@pytest.mark.parametrize("page", RENAMED)
+def test_pages_that_were_renamed_keep_their_old_address(page):
+    assert f"{page}.html" in nb_frontmatter(read_nb(NBS / f"{RENAMED[page]}.ipynb")).get("aliases", [])
+
+
+def test_nothing_links_to_an_old_address():
+    site = re.escape(CONFIG.doc_host + CONFIG.doc_baseurl.rstrip("/"))
+    old = re.compile(rf"{site}/(?:{'|'.join(RENAMED)})\.html")
+    texts = {path: path.read_text(encoding="utf-8") for path in [*NOTEBOOKS, *ROOT.glob("*.md")]}
+    assert [path.name for path, text in texts.items() if old.search(text)] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
@@ -286,11 +321,7 @@ def code_lines(source):
     return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith("#|")]
 
 
-def test_the_chapters_are_numbered_through():
-    assert [path.name[:3] for path in CHAPTERS] == [f"{number:02}_" for number in range(1, 15)]
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", EXERCISES, ids=names)
 def test_chapter_has_exercises_with_solutions_that_run(path):
     found = solutions(path)
     assert len(found) >= 2
@@ -301,7 +332,7 @@ def test_chapter_has_exercises_with_solutions_that_run(path):
         )  # test_notebooks.py runs the others
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", [*EXERCISES, NBS / "61_results.ipynb"], ids=names)
 def test_chapter_ends_with_questions(path):
     text = "\n\n".join(cells(path, "markdown"))
     assert text.count("\n## Check yourself") == 1
@@ -341,44 +372,29 @@ def test_no_error_was_saved(path):
 
 
 def test_front_page_lists_the_chapters():
-    assert [NBS / target for target in link_targets(NBS / "index.ipynb") if NBS / target in CHAPTERS] == CHAPTERS
+    assert [NBS / target for target in link_targets(NBS / "index.ipynb") if NBS / target in LEARN] == LEARN
+    assert set(load_sidebar()) - {"index.ipynb", *link_targets(NBS / "index.ipynb")} == set()
 
 
-def exported_names(path):
-    "The public functions and classes of the module at `path`"
-    nodes = ast.parse(path.read_text(encoding="utf-8")).body
-    public = (
-        next(
-            (
-                ast.literal_eval(node.value)
-                for node in nodes
-                if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
-            ),
-            [],
-        )
-        if path.name[0] != "_"
-        else []
-    )
-    return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} & {*public}
+def public_names():
+    "`__all__` of every module, by the module's name"
+    found = {}
+    for path in sorted((ROOT / facts["lib_name"]).glob("[!_]*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found[f"{facts['lib_name']}.{path.stem}"] = ast.literal_eval(node.value)
+    return found
 
 
-def test_reference_lists_every_module_and_name():
+def test_reference_lists_what_users_call_and_nothing_else():
+    "Otherwise run nbs/99_api.ipynb again"
     page = json.loads((NBS / "99_api.ipynb").read_text(encoding="utf-8"))
-    shown = "\n".join(
-        "".join(output.get("data", {}).get("text/markdown", ""))
-        for cell in page["cells"]
-        for output in cell.get("outputs", [])
-    )
-    modules = sorted(
-        f"{facts['lib_name']}.{path.stem}"
-        for path in (ROOT / facts["lib_name"]).glob("*.py")
-        if "File to edit: ../nbs/" in path.read_text(encoding="utf-8")
-    )
-    assert (
-        sorted(re.findall(r"^## (.+)$", shown, flags=re.MULTILINE)) == modules
-    )  # otherwise run nbs/99_api.ipynb again
-    exported = {name for path in (ROOT / facts["lib_name"]).glob("*.py") for name in exported_names(path)}
-    assert exported - {*re.findall(r"<code>(\w+)</code>", shown)} == set()
+    outputs = [output.get("data", {}) for cell in page["cells"] for output in cell.get("outputs", [])]
+    shown = "\n".join("".join(data.get("text/markdown", "")) for data in outputs)
+    listed = {}
+    for heading, table in re.findall(r"^## (\S+)$(.*?)(?=^## |\Z)", shown, flags=re.MULTILINE | re.DOTALL):
+        listed[heading] = re.findall(r"<code>(\w+)</code>", table)
+    assert listed == public_names()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=names)
@@ -447,6 +463,9 @@ def test_site_pages_can_be_made(tree):
         for path in sorted((tree / "_proc").glob("*.ipynb"))
         if nested.search(path.read_text(encoding="utf-8"))
     ] == []
+    for page, notebook in RENAMED.items():
+        head = json.loads((tree / "_proc" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        assert head["cell_type"] == "raw" and f"- {page}.html" in "".join(head["source"])
     hidden = json.loads((tree / "_proc" / "16_dense.ipynb").read_text(encoding="utf-8"))
     assert any("def interpolate_rewards(" in "".join(cell["source"]) for cell in hidden["cells"])
 

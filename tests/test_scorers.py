@@ -1,32 +1,23 @@
-"The standard rewards against independent forward passes in the originals' own layouts, on tiny random networks in local folders."
+"The standard rewards against the originals' own layouts, on tiny random networks in local folders."
 
 import math
-import pickle
 import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from PIL import Image
+from huggingface_hub.errors import LocalEntryNotFoundError
+from random_pipelines import WORDS, random_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertTokenizer, BlipConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import BertTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel
 
-from random_pipelines import WORDS, random_tokenizer
-
-from sdpo_nb import scorers as module
+from sdpo_nb import hub, scorers as module
+from sdpo_nb.hub import clip_normalize, clip_pixels, pinned_commits
 from sdpo_nb.rewards import Reward, checked, get_reward, register_reward, rewards
 from sdpo_nb.scorers import (
     Aesthetic,
@@ -35,14 +26,8 @@ from sdpo_nb.scorers import (
     ImageReward,
     PickScore,
     blip_large,
-    clip_mean,
-    clip_normalize,
-    clip_pixels,
-    clip_std,
     open_clip_to_transformers,
-    pinned_commits,
     scorers,
-    to_bytes,
     vit_h14,
 )
 
@@ -119,7 +104,7 @@ class OpenClipVision(nn.Module):
 
 
 class OpenClip(nn.Module):
-    "open_clip's CLIP: the text lies at the top level, the picture's tower under `visual`; the end marker has the highest number"
+    "open_clip's CLIP: the text at the top level, the picture's tower under `visual`; the end marker is the last number"
 
     def __init__(self, vocabulary, context=10, width=32, heads=4, layers=3, space=24):
         super().__init__()
@@ -276,87 +261,50 @@ class OriginalImageReward(nn.Module):
 # Tiny folders
 
 
+def tiny_clip(tokenizer):
+    text = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu")
+    text |= dict(vocab_size=len(tokenizer), max_position_embeddings=10)
+    text |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    seen = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3, hidden_act="gelu")
+    seen |= dict(image_size=28, patch_size=14, projection_dim=24)
+    return CLIPConfig(text_config=text, vision_config=seen, projection_dim=24)
+
+
+def tiny_blip(vocabulary):
+    seen = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, layer_norm_eps=1e-6)
+    seen |= dict(image_size=32, patch_size=16)
+    text = dict(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, encoder_hidden_size=32
+    )
+    text |= dict(vocab_size=vocabulary, max_position_embeddings=40, bos_token_id=2, sep_token_id=3)
+    return BlipConfig(vision_config=seen, text_config=text)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "Folders in the layouts that are published, and the networks that they hold"
-    root = tmp_path_factory.mktemp("scorers")
+    root, of = tmp_path_factory.mktemp("scorers"), SimpleNamespace()
+    of.root, words = root, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = random_tokenizer(root / "vocabulary")
-        config = CLIPConfig(
-            text_config=dict(
-                hidden_size=32,
-                intermediate_size=128,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=10,
-                hidden_act="gelu",
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            ),
-            vision_config=dict(
-                hidden_size=48,
-                intermediate_size=192,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                image_size=28,
-                patch_size=14,
-                hidden_act="gelu",
-                projection_dim=24,
-            ),
-            projection_dim=24,
-        )
+        of.tokenizer = random_tokenizer(root / "vocabulary")
+        of.config = tiny_clip(of.tokenizer)
         for name in ("clip", "hps"):
-            tokenizer.save_pretrained(root / name)
-            config.save_pretrained(root / name)
-        clip, open_clip, head = (
-            randomise(CLIPModel(config), 1),
-            randomise(OpenClip(len(tokenizer)), 2),
-            randomise(Head(24), 3),
-        )
-        clip.save_pretrained(root / "clip")
-        torch.save(head.state_dict(), root / "clip" / "aesthetic-model.pth")
-        torch.save(open_clip.state_dict(), root / "hps" / "HPS_v2_compressed.pt")
-        torch.save({"state_dict": open_clip.state_dict()}, root / "hps" / "HPS_v2.1_compressed.pt")
-
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+            of.tokenizer.save_pretrained(root / name)
+            of.config.save_pretrained(root / name)
+        of.clip, of.head = randomise(CLIPModel(of.config), 1), randomise(Head(24), 3)
+        of.open_clip = randomise(OpenClip(len(of.tokenizer)), 2)
+        of.clip.save_pretrained(root / "clip")
+        torch.save(of.head.state_dict(), root / "clip" / "aesthetic-model.pth")
+        torch.save(of.open_clip.state_dict(), root / "hps" / "HPS_v2_compressed.pt")
+        torch.save({"state_dict": of.open_clip.state_dict()}, root / "hps" / "HPS_v2.1_compressed.pt")
         (root / "imagereward").mkdir()
         (root / "imagereward" / "vocab.txt").write_text("\n".join(words))
-        BlipConfig(
-            vision_config=dict(
-                hidden_size=32,
-                intermediate_size=128,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=32,
-                patch_size=16,
-                layer_norm_eps=1e-6,
-            ),
-            text_config=dict(
-                hidden_size=24,
-                encoder_hidden_size=32,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                vocab_size=len(words) + 2,
-                max_position_embeddings=40,
-                bos_token_id=2,
-                sep_token_id=3,
-            ),
-        ).save_pretrained(root / "imagereward")
-        original = randomise(OriginalImageReward(len(words) + 2), 4)
-        torch.save(original.state_dict(), root / "imagereward" / "ImageReward.pt")
-    return SimpleNamespace(
-        root=root,
-        clip=clip,
-        open_clip=open_clip,
-        head=head,
-        imagereward=original,
-        tokenizer=tokenizer,
-        config=config,
-        bert=BertTokenizer.from_pretrained(root / "imagereward"),
-    )
+        tiny_blip(len(words) + 2).save_pretrained(root / "imagereward")
+        of.imagereward = randomise(OriginalImageReward(len(words) + 2), 4)
+        torch.save(of.imagereward.state_dict(), root / "imagereward" / "ImageReward.pt")
+    of.bert = BertTokenizer.from_pretrained(root / "imagereward")
+    return of
 
 
 @pytest.fixture
@@ -379,62 +327,14 @@ def same_registry(monkeypatch):
 
 
 NAMES = ["aesthetic", "imagereward", "hpsv2", "hpsv2.1", "pickscore", "clipscore"]
+# the others are slow: what they share is in the notebook, and what is special about each
+EACH = [name if name == "imagereward" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
-# Preprocessing
-
-
-def by_pil(images, size):
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    arrays = [Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy()) for image in images]
-    return processor(images=arrays, return_tensors="pt")["pixel_values"]
-
-
-@pytest.mark.parametrize(
-    "height, width, size",
-    [
-        (512, 512, 224),
-        (224, 224, 224),
-        (32, 32, 224),
-        (512, 768, 224),
-        (768, 512, 224),
-        (300, 511, 224),
-        (225, 777, 224),
-        (100, 70, 28),
-    ],
-)
-def test_pictures_are_shrunk_as_pil_does(height, width, size):
-    "Within 1 of 255 levels; two ties in a row, which PIL's integers round the other way, may make it 2 at one value in ten thousand"
-    images = (255 * pictures(1, height, width)).round() / 255
-    smooth = (255 * F.interpolate(pictures(1, 9, 9), (height, width), mode="bicubic").clamp(0, 1)).round() / 255
-    for images in (images, smooth):
-        mine, theirs = clip_normalize(clip_pixels(images, size)), by_pil(images, size)
-        difference = ((mine - theirs) * 255 * torch.tensor(clip_std).view(3, 1, 1)).round().abs()
-        assert mine.shape == (1, 3, size, size)
-        assert (
-            difference.max() <= 2
-            and (difference == 2).float().mean() < 1e-4
-            and (difference == 1).float().mean() < 0.03
-        )
-
-
-def test_without_the_filter_it_would_be_far_off():
-    images = (255 * pictures(1, 512, 512)).round() / 255
-    plain = clip_normalize((255 * F.interpolate(images, (224, 224), mode="bicubic").clamp(0, 1)).round() / 255)
-    assert ((plain - by_pil(images, 224)).abs().amax() * 255 * min(clip_std)) > 40
-
-
-def test_pixels_are_bytes_and_cut_off():
-    pixels = clip_pixels(3 * pictures(2, 50, 70) - 1, 28)
-    assert pixels.min() >= 0 and pixels.max() <= 1 and torch.equal(pixels, (pixels * 255).round() / 255)
-    assert clip_pixels(pictures().bfloat16(), 28).dtype == torch.float32
-    torch.testing.assert_close(clip_normalize(torch.tensor(clip_mean).view(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1))
-
-
-def test_the_gradient_passes_the_rounding():
-    values = torch.tensor([0.1003, 0.5, 0.77], requires_grad=True)
-    to_bytes(values).sum().backward()
-    assert values.grad.tolist() == [1.0, 1.0, 1.0]
+def near(scores, expected, size=1.0):
+    "Up to float32's rounding of what a score is made of: cosines of unit vectors, times `size`, or a layer's outputs"
+    assert scores.shape == expected.shape
+    assert (scores - expected).abs().max() <= 1e-4 * max(size, expected.abs().max().item())
 
 
 # Agreement with the originals
@@ -448,7 +348,7 @@ def test_hpsv2_against_open_clip(made, version, name):
     tokens = ends.input_ids * ends.attention_mask  # open_clip pads with 0
     expected = made.open_clip(clip_normalize(clip_pixels(images, 28)), tokens)
     assert reward.name == name and expected.std() > 0.05
-    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-5)
+    near(reward(images, PROMPTS), expected)
 
 
 def test_every_tensor_of_open_clip_finds_its_place(made):
@@ -482,55 +382,25 @@ def test_imagereward_against_the_original(made):
     read = made.bert(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     expected = made.imagereward(clip_normalize(clip_pixels(images, 32)), read.input_ids, read.attention_mask)
     assert expected.std() > 0.01
-    torch.testing.assert_close(ImageReward(made.root / "imagereward")(images, prompts), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        ImageReward(made.root / "imagereward", scale="raw")(images, prompts),
-        expected * 1.0333394966054072 + 0.16717362830052426,
-        rtol=0,
-        atol=1e-5,
-    )
+    near(ImageReward(made.root / "imagereward")(images, prompts), expected)
+    raw = ImageReward(made.root / "imagereward", scale="raw")(images, prompts)
+    near(raw, expected * 1.0333394966054072 + 0.16717362830052426)
 
 
-def test_imagereward_reads_35_tokens(made):
-    reward, long = ImageReward(made.root / "imagereward"), " ".join(["a red dog"] * 11)
-    assert torch.equal(reward(pictures(1), [long]), reward(pictures(1), [long + " on a blue circle"]))
-    assert not torch.equal(reward(pictures(1), [long]), reward(pictures(1), [long[:-3] + "cat"]))
-
-
-def test_aesthetic_against_the_original(made):
-    images = pictures(5, 28, 28)
-    embeddings = made.clip.get_image_features(clip_normalize(clip_pixels(images, 28))).pooler_output.numpy()
-    expected = made.head(torch.from_numpy(embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)))[:, 0]
+def test_a_head_in_a_file_of_its_own(made):
     reward = Aesthetic(made.root / "clip", made.root / "clip")
-    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-5)
-    assert torch.equal(reward(images, PROMPTS), reward(images, ["x"] * 5))
-    assert torch.equal(
-        Aesthetic(made.root / "clip", made.root / "clip" / "aesthetic-model.pth")(images, PROMPTS),
-        reward(images, PROMPTS),
-    )
+    same = Aesthetic(made.root / "clip", made.root / "clip" / "aesthetic-model.pth")
+    assert torch.equal(same(pictures(), PROMPTS), reward(pictures(), PROMPTS))
 
 
-def test_pickscore_and_clipscore_against_clips_own_logits(made):
-    images = pictures()
-
-    def logits(texts):
-        tokens = made.tokenizer(texts, padding=True, return_tensors="pt")
-        return made.clip(**tokens, pixel_values=clip_normalize(clip_pixels(images, 28))).logits_per_image.diagonal()
-
-    factor = made.clip.logit_scale.exp()
-    torch.testing.assert_close(
-        PickScore(made.root / "clip")(images, PROMPTS), logits(PROMPTS), rtol=0, atol=2e-4
-    )  # 1e-5 of the factor 14
-    torch.testing.assert_close(
-        PickScore(made.root / "clip", scale="cosine")(images, PROMPTS), logits(PROMPTS) / factor, rtol=0, atol=1e-5
-    )
-    cosines = logits(["a dog " + prompt for prompt in PROMPTS]) / factor
-    torch.testing.assert_close(
-        CLIPScore(made.root / "clip", prefix="a dog ", scale="cosine")(images, PROMPTS), cosines, rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
-        CLIPScore(made.root / "clip", prefix="a dog ")(images, PROMPTS), 2.5 * cosines.clamp(min=0), rtol=0, atol=3e-5
-    )
+def test_clipscore_puts_words_in_front(made):
+    texts = ["a dog " + prompt for prompt in PROMPTS]
+    tokens = made.tokenizer(texts, padding=True, return_tensors="pt")
+    logits = made.clip(**tokens, pixel_values=clip_normalize(clip_pixels(pictures(), 28))).logits_per_image.diagonal()
+    cosines = logits / made.clip.logit_scale.exp()
+    prefixed = partial(CLIPScore, made.root / "clip", prefix="a dog ")
+    near(prefixed(scale="cosine")(pictures(), PROMPTS), cosines)
+    near(prefixed()(pictures(), PROMPTS), 2.5 * cosines.clamp(min=0), size=2.5)
     assert (cosines < 0).any() and (cosines > 0).any()
 
 
@@ -542,25 +412,17 @@ def test_published_sizes():
     "ViT-H/14 has 986 million parameters, BLIP's two halves together 445 million"
     with torch.device("meta"):
         clip, config = CLIPModel(CLIPConfig(**vit_h14)), BlipConfig(**blip_large)
-        blip = (
-            module.BlipVisionModel(config.vision_config),
-            module.BlipTextModel(config.text_config, add_pooling_layer=False),
-        )
-    assert (
-        round(sum(p.numel() for p in clip.parameters()) / 1e6) == 986
-        and round(sum(p.numel() for part in blip for p in part.parameters()) / 1e6) == 445
-    )
-    assert (
-        clip.logit_scale.shape == ()
-        and clip.visual_projection.weight.shape == (1024, 1280)
-        and clip.text_projection.weight.shape == (1024, 1024)
-    )
+        blip = BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)
+    assert round(sum(p.numel() for p in clip.parameters()) / 1e6) == 986
+    assert round(sum(p.numel() for part in blip for p in part.parameters()) / 1e6) == 445
+    assert clip.logit_scale.shape == () and clip.visual_projection.weight.shape == (1024, 1280)
+    assert clip.text_projection.weight.shape == (1024, 1024)
 
 
 # What all of them share
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_scorer_keeps_the_protocol(builders, name):
     before = torch.get_rng_state()
     reward = get_reward(name, **builders[name])
@@ -569,12 +431,10 @@ def test_every_scorer_keeps_the_protocol(builders, name):
     assert not reward.network.training and not any(p.requires_grad for p in reward.network.parameters())
     scores = checked(reward, pictures().bfloat16().float(), PROMPTS)
     assert scores.shape == (5,) and scores.dtype == torch.float32 and scores.std() > 0
-    torch.testing.assert_close(
-        checked(get_reward(name, **builders[name], chunk=2), pictures().bfloat16(), PROMPTS), scores, rtol=0, atol=1e-4
-    )
+    near(checked(get_reward(name, **builders[name], chunk=2), pictures().bfloat16(), PROMPTS), scores)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_pictures_arrive_in_chunks(builders, name):
     reward, seen = get_reward(name, **builders[name], chunk=2), []
     tower = reward.network.vision_model if hasattr(reward.network, "vision_model") else next(reward.network.children())
@@ -585,7 +445,7 @@ def test_pictures_arrive_in_chunks(builders, name):
     assert seen == [2, 2, 1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "aesthetic"])
+@pytest.mark.parametrize("name", EACH[1:])
 def test_each_prompt_is_tokenised_once(builders, name):
     reward, asked = get_reward(name, **builders[name], chunk=2), []
     tokenizer = reward.tokenizer
@@ -595,14 +455,14 @@ def test_each_prompt_is_tokenised_once(builders, name):
     assert len(asked) == 4 and len(set(asked)) == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_score_does_not_depend_on_the_company(builders, name):
     together = get_reward(name, **builders[name])(pictures(), PROMPTS)
     alone = torch.cat([get_reward(name, **builders[name])(pictures()[i : i + 1], PROMPTS[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    near(together, alone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_reach_the_pictures(builders, name):
     images = pictures().requires_grad_()
     get_reward(name, **builders[name])(images, PROMPTS).sum().backward()
@@ -615,7 +475,7 @@ def test_a_given_device_is_used_and_scores_come_back(builders):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_on_a_gpu(builders, name):
     expected = get_reward(name, **builders[name])(pictures(), PROMPTS)
     for images, options in ((pictures().cuda(), {}), (pictures(), dict(device="cuda"))):
@@ -631,6 +491,7 @@ def test_the_registry_lists_them():
     assert set(NAMES) == set(scorers) <= set(rewards)
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_before_it_is_asked_for():
     import subprocess
     import sys
@@ -648,7 +509,7 @@ def test_mixtures_of_them(builders, monkeypatch):
     parts = {
         name: get_reward(name, **builders[name])(pictures(), PROMPTS) for name in ("aesthetic", "pickscore", "hpsv2.1")
     }
-    torch.testing.assert_close(
+    near(
         checked(mixture, pictures(), PROMPTS),
         0.5 * parts["aesthetic"] + 0.5 * parts["pickscore"] - 2 * parts["hpsv2.1"],
     )
@@ -656,7 +517,7 @@ def test_mixtures_of_them(builders, monkeypatch):
         mixture.name == "0.5*aesthetic+0.5*pickscore-2*hpsv2.1" and get_reward(mixture.name).weights == mixture.weights
     )
     register_reward("mine", partial(PickScore, builders["pickscore"]["model"], scale="cosine"))
-    torch.testing.assert_close(
+    near(
         get_reward("2*mine")(pictures(), PROMPTS),
         2 * PickScore(builders["pickscore"]["model"], scale="cosine")(pictures(), PROMPTS),
     )
@@ -686,22 +547,23 @@ def test_wrong_options(builders, name, options, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "./nowhere", "/nowhere/at/all", "~/nowhere", "some/folder/deep"])
-@pytest.mark.parametrize(
-    "name, field",
-    [
-        ("pickscore", "model"),
-        ("hpsv2", "model"),
-        ("imagereward", "model"),
-        ("aesthetic", "head"),
-        ("clipscore", "tokenizer"),
-    ],
-)
-def test_paths_that_lead_nowhere(builders, name, field, place):
-    with pytest.raises(
-        OSError, match=f"reward '{name}', {field}: '{place}' is no folder or file here and no hub id: give a path"
-    ):
-        get_reward(name, **builders[name] | {field: place})
+SETTINGS = [
+    ("pickscore", "model"),
+    ("hpsv2", "model"),
+    ("hpsv2.1", "model"),
+    ("imagereward", "model"),
+    ("aesthetic", "model"),
+    ("aesthetic", "head"),
+    ("clipscore", "tokenizer"),
+    ("hpsv2", "tokenizer"),
+    ("imagereward", "tokenizer"),
+]
+
+
+@pytest.mark.parametrize("name, field", SETTINGS)
+def test_paths_that_lead_nowhere(builders, name, field):
+    with pytest.raises(OSError, match=f"^reward '{name}', {field}: './nowhere' is no folder or file here"):
+        get_reward(name, **builders[name] | {field: "./nowhere"})
 
 
 @pytest.mark.parametrize(
@@ -720,54 +582,19 @@ def test_a_folder_without_the_file(builders, tmp_path, name, field, file):
         get_reward(name, **builders[name] | {field: tmp_path})
 
 
-class ConnectError(Exception):
-    "What the hub's HTTP client raises without a network."
+@pytest.mark.parametrize("name, field", SETTINGS)
+def test_failures_of_the_hub_name_the_setting(builders, monkeypatch, name, field):
+    "tests/test_hub.py tells the failures apart"
 
-
-def answer(status):
-    return SimpleNamespace(status_code=status, headers={}, request=None, url="https://huggingface.co")
-
-
-FAILURES = [
-    (lambda: GatedRepoError("403", response=answer(403)), "its licence must be accepted"),
-    (lambda: RepositoryNotFoundError("404", response=answer(404)), "the hub has no such model"),
-    (lambda: RevisionNotFoundError("404", response=answer(404)), "has no revision 'v9': give 'main'"),
-    (lambda: RemoteEntryNotFoundError("404 Client Error.", response=answer(404)), "lacks a file that is needed"),
-    (lambda: LocalEntryNotFoundError("offline"), "the hub cannot be reached"),
-    (lambda: ConnectError("offline"), "the hub cannot be reached"),
-]
-
-
-@pytest.mark.parametrize("failure, message", FAILURES, ids=["gated", "unknown", "revision", "file", "cache", "network"])
-@pytest.mark.parametrize(
-    "name, field, revision",
-    [("hpsv2", "model", "revision"), ("imagereward", "model", "revision"), ("aesthetic", "head", "head_revision")],
-)
-def test_hub_failures_with_raw_weights(builders, monkeypatch, name, field, revision, failure, message):
     def unreachable(*arguments, **options):
-        raise failure()
-
-    monkeypatch.setattr(module, "hf_hub_download", unreachable)
-    with pytest.raises(OSError, match=f"^reward '{name}', {field}: .*'someone/model'.*{message}") as caught:
-        get_reward(name, **builders[name] | {field: "someone/model", revision: "v9"})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("failure, message", FAILURES, ids=["gated", "unknown", "revision", "file", "cache", "network"])
-@pytest.mark.parametrize(
-    "name, field",
-    [("pickscore", "model"), ("aesthetic", "model"), ("clipscore", "tokenizer"), ("imagereward", "tokenizer")],
-)
-def test_hub_failures_with_transformers(builders, monkeypatch, name, field, failure, message):
-    def unreachable(*arguments, **options):
-        raise failure()
+        raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing else that is asked goes out
-    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", unreachable)
+    for place in ("sdpo_nb.hub.hf_hub_download", "transformers.utils.hub.hf_hub_download"):
+        monkeypatch.setattr(place, unreachable)
     monkeypatch.setattr("transformers.utils.hub.snapshot_download", unreachable)
-    revision = "revision" if field == "model" else "tokenizer_revision"
     with pytest.raises(OSError, match=f"^reward '{name}', {field}: .*'someone/model'") as caught:
-        get_reward(name, **builders[name] | {field: "someone/model", revision: "v9"})
+        get_reward(name, **builders[name] | {field: "someone/model"})
     assert "\n" not in str(caught.value)
 
 
@@ -778,7 +605,7 @@ def test_revisions_reach_the_hub(builders, made, monkeypatch):
         asked.append((repository, file, revision))
         return str(made.root / "hps" / file)
 
-    monkeypatch.setattr(module, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     HPSv2(version="2.1", revision="abc", tokenizer=made.root / "hps")
     HPSv2(tokenizer=made.root / "hps")
     HPSv2("someone/model", tokenizer=made.root / "hps")
@@ -790,13 +617,11 @@ def test_revisions_reach_the_hub(builders, made, monkeypatch):
 
 
 def test_what_is_loaded_by_default_is_pinned():
-    "Every hub id that the code names, and no other"
-    named = Counter(re.findall(r'"([\w-]+/[\w.-]+)"', Path(module.__file__).read_text(encoding="utf-8")))
-    assert (
-        named.keys() == pinned_commits.keys()
-        and min(named.values()) > 1
-        and all(re.fullmatch("[0-9a-f]{40}", commit) for commit in pinned_commits.values())
-    )
+    "Every hub id that the scorers name, and no other"
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    named = Counter(re.findall(r'"([\w-]+/[\w.-]+)"', source))
+    assert named.keys() == pinned_commits.keys()
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in pinned_commits.values())
 
 
 @pytest.mark.parametrize(
@@ -867,66 +692,14 @@ def test_weights_of_another_size_or_with_more_layers(made, tmp_path):
         Aesthetic(made.root / "clip", tmp_path)
 
 
-class Surprise:
-    def __reduce__(self):
-        return (print, ("code was run",))
-
-
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
-        (lambda: pickle.dumps({"state_dict": Surprise()}), "holds more than tensors"),
-        (lambda: b"", "is damaged|is no PyTorch file"),
-        (lambda: b"<html>not found</html>", "is no PyTorch file"),
-    ],
-    ids=["code", "empty", "html"],
-)
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_pickles_that_could_run_code_and_rubbish(made, tmp_path, capsys, content, sentence):
-    (tmp_path / "HPS_v2_compressed.pt").write_bytes(content())
-    with pytest.raises(OSError, match=f"reward 'hpsv2', model: .*({sentence})") as caught:
-        HPSv2(tmp_path, tokenizer=made.root / "hps")
-    assert "code was run" not in capsys.readouterr().out and "\n" not in str(caught.value)
-
-
-def test_a_torch_file_with_code_inside_is_not_opened(made, tmp_path, capsys):
-    torch.save({"state_dict": {"weight": torch.zeros(2)}, "more": Surprise()}, tmp_path / "ImageReward.pt")
-    with pytest.raises(OSError, match="holds more than tensors"):
-        ImageReward(tmp_path)
-    assert "code was run" not in capsys.readouterr().out
-
-
-def test_files_that_are_no_weights(made, tmp_path):
-    torch.save([1, 2], tmp_path / "ImageReward.pt")
-    with pytest.raises(OSError, match="is no dictionary of tensors"):
-        ImageReward(tmp_path)
-    whole = (made.root / "imagereward" / "ImageReward.pt").read_bytes()
-    (tmp_path / "ImageReward.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="reward 'imagereward', model: .*is damaged"):
-        ImageReward(tmp_path)
-    (tmp_path / "ImageReward.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(OSError, match="is damaged"):
-        ImageReward(tmp_path)
-
-
-def test_a_damaged_safetensors_file_of_transformers(made, tmp_path):
-    made.config.save_pretrained(tmp_path)
-    whole = (made.root / "clip" / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="reward 'pickscore', model: .*is damaged"):
-        PickScore(tmp_path, tokenizer=made.root / "clip")
-
-
-def test_tokenizers(made, tmp_path):
-    "A folder without one falls back to the published one; one without a vocabulary, or with too large a one, is refused"
+def test_a_tokenizer_that_does_not_fit(made, tmp_path):
+    "One without a vocabulary, or with too large a one"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="reward 'pickscore', tokenizer: "):
-        PickScore(made.root / "clip", tokenizer=tmp_path / "empty")
-    with pytest.raises(OSError, match="reward 'clipscore', tokenizer: "):
-        CLIPScore(made.root / "clip", tokenizer=tmp_path / "empty")
+    for kind in (PickScore, CLIPScore):
+        with pytest.raises(OSError, match="reward '.*', tokenizer: "):
+            kind(made.root / "clip", tokenizer=tmp_path / "empty")
     small = dict(made.config.text_config.to_dict(), vocab_size=20)
-    CLIPModel(
-        CLIPConfig(text_config=small, vision_config=made.config.vision_config.to_dict(), projection_dim=24)
-    ).save_pretrained(tmp_path / "small")
+    config = CLIPConfig(text_config=small, vision_config=made.config.vision_config.to_dict(), projection_dim=24)
+    CLIPModel(config).save_pretrained(tmp_path / "small")
     with pytest.raises(OSError, match="tokenizer: it has .* tokens and the network 20"):
         PickScore(tmp_path / "small", tokenizer=made.root / "clip")

@@ -7,16 +7,13 @@ import sys
 import pytest
 import torch
 
-from sdpo_nb.rewards import load_network
 from sdpo_nb.shapes import (
-    ConvFeatures,
-    Oracle,
     Scenes,
     all_captions,
     backgrounds,
     caption,
     colors,
-    image_size,
+    load_network,
     parse_caption,
     random_scenes,
     render,
@@ -36,20 +33,6 @@ def one_scene(**fields):
     return Scenes(**{name: torch.tensor([value]) for name, value in values.items()})
 
 
-def counted_cover(scenes, points):
-    "Share of each pixel inside the shape, from a grid of points in every pixel: `[B,32,32]`"
-    fine = (torch.arange(image_size * points) + 0.5) / points
-    dx, dy = fine[None, None, :] - scenes.x[:, None, None], fine[None, :, None] - scenes.y[:, None, None]
-    cos, sin = scenes.angle.cos()[:, None, None], scenes.angle.sin()[:, None, None]
-    inside = (
-        signed_distances(cos * dx + sin * dy, cos * dy - sin * dx, scenes.size[:, None, None])[
-            scenes.shape, torch.arange(len(scenes))
-        ]
-        < 0
-    )
-    return torch.nn.functional.avg_pool2d(inside.float()[:, None], points)[:, 0]
-
-
 def test_module_knows_nothing_of_diffusion():
     code = "import sys, sdpo_nb.shapes; assert not {'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -66,14 +49,6 @@ def test_distance_is_negative_inside_and_positive_outside(index, name):
     assert (distance(0.0, 0.0) > 0) == (name == "ring")
     assert all(distance(15 * math.cos(a), 15 * math.sin(a)) > 0 for a in torch.linspace(0, 6.28, 25).tolist())
     assert distance(0.0, -7.4) < 0  # every shape reaches upwards
-
-
-def test_distance_rises_by_one_pixel_a_pixel():
-    axis = torch.linspace(-15, 15, 301)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    dy, dx = torch.gradient(signed_distances(x, y, torch.tensor(9.0)), spacing=0.1, dim=(1, 2))
-    slope = torch.hypot(dx, dy)
-    assert ((slope - 1).abs() < 0.02).flatten(1).float().mean(1).min() > 0.9  # the rest lies on creases
 
 
 def test_distance_of_points_on_the_axes():
@@ -106,11 +81,6 @@ def test_scenes_lie_in_their_ranges_and_are_uniform():
         )
 
 
-def test_both_ends_of_the_cube_are_scenes():
-    ends = scenes_from_uniform(torch.tensor([[0.0] * 9, [1.0] * 9]))
-    assert [getattr(ends, name).tolist() for name in ("shape", "color", "background")] == [[0, 5], [0, 5], [0, 4]]
-
-
 def test_scenes_are_reproducible_and_can_be_indexed():
     first, second = random_scenes(8, seeded(3)), random_scenes(8, seeded(3))
     assert len(first) == 8 and len(first[2:5]) == 3
@@ -124,7 +94,6 @@ def test_scenes_are_reproducible_and_can_be_indexed():
         (torch.rand(4, 8), r"u has shape \[4, 8\]; give \[B,9\]"),
         (torch.rand(9), "give .B,9."),
         (torch.full((2, 9), 1.5), "u ranges from 1.5 to 1.5; give numbers from 0 to 1"),
-        (torch.full((1, 9), -0.01), "u ranges"),
         (torch.full((1, 9), math.nan), "u ranges"),
     ],
 )
@@ -146,13 +115,6 @@ def test_render_gives_float_images_between_zero_and_one():
     images = render(random_scenes(500, seeded()))
     assert images.shape == (500, 3, 32, 32) and images.dtype == torch.float32
     assert images.min() >= 0 and images.max() <= 1
-
-
-def test_render_is_deterministic_and_independent_of_the_batch():
-    scenes = random_scenes(16, seeded(1))
-    images = render(scenes)
-    assert torch.equal(images, render(scenes))
-    assert torch.equal(images[7:8], render(scenes[7:8]))
 
 
 def test_render_draws_from_no_random_source():
@@ -185,20 +147,6 @@ def test_stars_and_triangles_point_upwards():
         assert widths[rows[0]] <= 2
 
 
-def test_edges_are_anti_aliased():
-    scenes = random_scenes(60, seeded(2))
-    scenes.shape = torch.arange(60) % 6
-    scenes.background, scenes.shade, scenes.light = (
-        torch.zeros(60).long(),
-        torch.zeros(60),
-        torch.ones(60),
-    )  # black on white
-    cover, truth, stairs = 1 - render(scenes)[:, 0], counted_cover(scenes, 12), counted_cover(scenes, 1)
-    edge = (truth > 0) & (truth < 1)
-    assert (cover - truth).abs()[edge].mean() < 0.03 < 0.15 < (stairs - truth).abs()[edge].mean()
-    assert torch.equal(cover[~edge].round(), truth[~edge])
-
-
 @pytest.mark.parametrize("shift", [0.25, 0.5, 0.75])
 def test_an_upright_edge_covers_exactly_its_share_of_a_pixel(shift):
     image = (
@@ -221,21 +169,9 @@ def test_parsing_undoes_captioning():
                 }
 
 
-def test_captions_are_english():
-    assert caption("star", "red", "navy") == "a red star on a navy background"
-    assert caption("star") == "a star"
-    assert caption() == ""
-
-
-def test_parsing_passes_over_other_words():
-    assert parse_caption("") == parse_caption("a photo of a cat") == {}
-    assert parse_caption("Two CIRCLE and one ring") == {"shape": shapes.index("ring")}
-
-
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (dict(shape="blob"), "shape is 'blob'; choose one of circle, square"),
         (dict(shape="ring", color="pink"), "color is 'pink'; choose one of red"),
         (dict(shape="ring", background="sky"), "background is 'sky'; choose one of white"),
         (dict(color="red"), "shape is None beside 'red'; name a shape too"),
@@ -262,16 +198,6 @@ def test_all_captions_are_all_and_different():
 
 
 # networks
-
-
-def test_networks_have_the_stated_shapes():
-    images = torch.rand(5, 3, 32, 32)
-    assert ConvFeatures(8)(images).shape == (5, 32)
-    assert {name: logits.shape for name, logits in Oracle()(images).items()} == {
-        "shape": (5, 6),
-        "color": (5, 6),
-        "background": (5, 5),
-    }
 
 
 def test_shipped_oracle_reads_renders_that_are_a_little_soft_or_noisy():

@@ -1,4 +1,4 @@
-"""The package as users get it: built from the source archive, installed outside the checkout, with its embedded model."""
+"""The package as users get it: built from the source archive, installed outside the checkout, with its model."""
 
 import os
 import subprocess
@@ -121,6 +121,7 @@ def test_the_source_archive_can_run_its_tests(archives, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_wheel_imports_outside_the_checkout(installed, tmp_path):
     where = run(
         installed / "python", "-c", f"import {name}; print({name}.__version__, {name}.__file__)", cwd=tmp_path
@@ -129,11 +130,13 @@ def test_wheel_imports_outside_the_checkout(installed, tmp_path):
     assert installed.parent.resolve() in Path(where[1]).resolve().parents
 
 
+@pytest.mark.slow
 def test_wheel_loads_the_embedded_model(installed, tmp_path):
     code = 'from sdpo_nb.models import load_policy; print(type(load_policy("tiny")).__name__)'
     assert run(installed / "python", "-c", code, cwd=tmp_path).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [line.split("=")[0].strip() for line in facts["console_scripts"].strip().splitlines()]
 )
