@@ -5,6 +5,8 @@
 #   make check NB=17_advantages   format, export and run one notebook, its tests and those of the style
 #   make format          the one formatter, over cells, tests and benchmarks
 #   make export-check    are the notebooks clean and in step with the modules?
+#   make gpu-check       speed, memory and exactness on this machine's GPU, within ten minutes; a rehearsal without one
+#   make time-to-gain    processor seconds until a visible gain, for every method and for TRL's DDPOTrainer
 #   make docs            the site, in _docs (needs Quarto 1.10)
 #   make clean           remove the environment, builds and caches
 #
@@ -20,9 +22,11 @@ PIP   := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 FACTS := settings.ini setup.py pyproject.toml constraints/cpu.txt
 # One process of one thread for each core; who has finished takes over tests of the others.
 PARALLEL := --numprocesses auto --dist worksteal
+# How long that takes, and where: said first, since pytest is silent until the large packages are imported
+SAY := $(BIN)/python -c 'import os, sys; print(f"{sys.argv[1]}, in $(VENV), on the CPU: a process on each of {os.cpu_count()} cores. A dot is a test, the percentage is what is done.", flush=True)'
 CONSTRAINT := $(if $(TORCH)$(shell command -v nvidia-smi 2>/dev/null),,--constraint constraints/cpu.txt)
 
-.PHONY: help demo test test-slow check format export-check docs clean
+.PHONY: help demo test test-slow check format export-check gpu-check time-to-gain docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,9 +50,11 @@ demo: $(VENV)/.installed
 	$(BIN)/sdpo-train tiny --output_dir runs/demo
 
 test: $(VENV)/.installed-dev
+	@$(SAY) "About nine minutes on two cores"
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
+	@$(SAY) "About half an hour on two cores"
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 check: $(VENV)/.installed-dev
@@ -63,6 +69,12 @@ export-check: $(VENV)/.installed-dev
 	$(BIN)/nbdev-clean
 	@git status --short nbs sdpo_nb
 	@test -z "$$(git status --porcelain nbs sdpo_nb)" || { echo "these differ from what is committed: commit what nbdev-export and nbdev-clean wrote"; exit 1; }
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_check.py
+
+time-to-gain: $(VENV)/.installed
+	$(BIN)/python benchmarks/time_to_gain.py
 
 docs: $(VENV)/.installed-dev
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.10: https://quarto.org/docs/download/"; exit 1; }

@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).resolve().parent / "settings.ini", encoding="utf-8")
@@ -39,7 +39,7 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
         *(f"Programming Language :: Python :: {version}" for version in python_versions()),
     ],
-    packages=find_packages(include=[lib, f"{lib}.*"]),
+    packages=find_namespace_packages(include=[lib, f"{lib}.*"], exclude=["*__pycache__*"]),  # its assets, too
     package_data={lib: ["assets/**/*"]},
     install_requires=lines("requirements"),
     extras_require={

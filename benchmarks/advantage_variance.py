@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sdpo_nb.advantages import normalizers, rows_by_prompt, variance_parts
-from sdpo_nb.config import preset_config
+from sdpo_nb.config import TrainConfig
 from sdpo_nb.files import append_jsonl, read_jsonl, versions
 from sdpo_nb.models import load_policy
 from sdpo_nb.rewards import get_reward
@@ -40,7 +40,7 @@ def collect(seed: int) -> tuple[Trainer, list, dict]:
         load_policy("tiny", device="cpu"),
         rewards[0],
         "shapes",
-        preset_config("tiny", seed=seed, normalizer="none", epochs=epochs),
+        TrainConfig(seed=seed, normalizer="none", epochs=epochs),
         callbacks=[],
     )
     empty, prompts = dict(seconds=0.0, reward_queries=0), []

@@ -9,7 +9,8 @@ not repeated, in whichever group it was made, so an interrupted call goes on whe
 s on a core. The groups: search (learning rate and clip of each method for each reward, on a seed of its own), order
 and normalizers (for their pages), main (methods x seeds x rewards), factors (order of updates against treatment of
 steps), spo (its own choices), queries, ablations, steps, few_steps (every method trained at one and two steps, at
-equal reward queries).
+equal reward queries), frontier_search and frontier (gain against the agreement that it cost, at equal reward queries;
+a run is measured on its way, and ends early where it has lost much), switches (of a branch method, measured likewise).
 """
 
 import argparse
@@ -20,18 +21,22 @@ import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 from sdpo_nb.advantages import credit_rules
 from sdpo_nb.cli import method_settings, method_trainer
-from sdpo_nb.config import RunConfig, resolve
+from sdpo_nb.config import RunConfig, resolve, step_counts
 from sdpo_nb.evaluate import coverage, step_generalization
 from sdpo_nb.files import append_jsonl, read_json, read_jsonl, versions, write_json
+from sdpo_nb.frontier import frontier_path, gain_at_loss
 from sdpo_nb.models import load_policy
+from sdpo_nb.plan import batch_plan
 from sdpo_nb.prompts import prompt_lists
 from sdpo_nb.rewards import get_reward
 from sdpo_nb.run import Callback
@@ -65,6 +70,8 @@ trained_prompts = {quality: prompt_lists["shapes"], alignment: hardest}
 unseen_prompts = {
     reward: [c for c in all_captions() if c not in trained][::7][:24] for reward, trained in trained_prompts.items()
 }
+mixture = "0.5*shapes_aesthetic+0.5*shapes_alignment"  # of the frontier
+trained_prompts[mixture] = prompt_lists["shapes"]
 open_prompts = ("", "a circle", "a square", "a star")
 
 # What SDPO does about the steps of a trajectory, which can be given to any other method as well.
@@ -117,6 +124,42 @@ few_step_methods = {
     "DDPO, 1 step": Method("ddpo", dict(epochs=40, **one_step)),
 }
 methods |= few_step_methods
+# The frontier: all for 1,280 queries at most, all with SDPO's treatment of steps but SPO, which has its own.
+one_by_one = dict(pairs_per_epoch=8, pairs_per_update=8)  # trees of four candidates
+cheap = dict(preference_model="reward", candidates=4, **one_by_one)
+frontier_methods = {
+    "SDPO, T=2": Method("sdpo", dict(num_steps=2)),
+    "SDPO, T=10": Method("sdpo"),
+    "SDPO, mixed T": Method("sdpo_mixed"),
+    "Branch, T=4": Method("sdpo_branch", dict(num_steps=4)),
+    "Branch, mixed T": Method("sdpo_branch", dict(num_steps=(2, 3, 4))),
+    "Branch, T=4, k=4": Method("sdpo_branch", dict(num_steps=4, candidates=4, **one_by_one)),
+    "Branch late, T=4, k=4": Method("sdpo_branch", dict(num_steps=4, divert_start=1, candidates=4, **one_by_one)),
+    "SPO cheap, T=4": Method("spo", dict(num_steps=4, **cheap)),
+    "SPO cheap, mixed T": Method("spo", dict(num_steps=(2, 3, 4), **cheap)),
+    "DDPO, T=2": Method("ddpo", dict(num_steps=2, **shuffled)),
+}
+begun = {"SDPO, T=10": 4, "Branch, T=4, k=4": 4, "Branch late, T=4, k=4": 5}  # settings tried; these are not reported
+frontier_seeds = (11, 12, 13, 14, 15)
+five, three = frontier_seeds, frontier_seeds[:3]
+frontier_plan = {  # reward -> setting -> training seeds
+    quality: {
+        "SPO cheap, T=4": five,
+        "Branch, mixed T": five,
+        "SDPO, T=2": five,
+        "SDPO, mixed T": three,
+        "SPO cheap, mixed T": three,
+        "Branch, T=4": three,
+        "DDPO, T=2": three,
+    },
+    mixture: {"SPO cheap, T=4": three, "Branch, mixed T": three, "SDPO, T=2": three},
+}
+switched = "Branch, mixed T"  # what the group `switches` changes
+frontier_queries = 1280
+frontier_times = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the epochs
+frontier_pairs = {64: (1, 2, 4), 48: (8,), 32: (16,), 16: (50,)}  # pairs -> step counts measured on so many
+search_times, search_pairs = (1 / 3, 2 / 3, 1), {48: (1, 4), 24: (16,)}
+lost_enough = 0.1  # agreement, at which a run of the frontier ends
 
 
 @dataclass(frozen=True)
@@ -126,6 +169,7 @@ class Run:
     group: str
     name: str
     config: RunConfig
+    bound: float = None  # of the divergence of a transition, where `trust_region.TrustRegionTrainer` is to train
 
     @property
     def key(self) -> str:
@@ -161,8 +205,8 @@ def resolved_key(text) -> str:
 
 def make_run(group, name, method, seed, reward=quality, **changes) -> Run:
     "Settings of a method, with its searched learning rate and clip unless `changes` says otherwise"
-    method = methods[method]
-    prompts = "shapes" if reward == quality else list(hardest)
+    method = {**methods, **frontier_methods}[method]
+    prompts = "shapes" if reward == quality else list(trained_prompts[reward])
     if method.recipe == "spo" and reward != quality:
         changes = {"preference_model": "reward", **changes}  # the shipped judge knows only the other
     return Run(
@@ -206,7 +250,7 @@ def measure(policy, which, steps, samples, seed, reward) -> dict:
     prompts = list((trained_prompts if which == "trained" else unseen_prompts)[reward])
     found = step_generalization(
         policy,
-        others[reward],
+        others.get(reward) or get_reward(reward),
         prompts,
         steps=steps,
         samples=samples,
@@ -222,7 +266,13 @@ def measure(policy, which, steps, samples, seed, reward) -> dict:
         "other_rewards": {name: values.mean(1).tolist() for name, values in found.other_rewards.items()},
         "agreement": found.agreement.tolist(),
         "diversity": found.diversity.tolist(),
+        "agreed": [bits(row) for row in (torch.stack([*found.correct.values()]).nan_to_num(1.0) == 1).all(0)],
     }
+
+
+def bits(row) -> str:
+    "Which of the pairs, the first one first, as hexadecimal digits: from these an error of a change can be computed"
+    return f"{int(''.join(str(int(bit)) for bit in row), 2):0{-(-len(row) // 4)}x}"
 
 
 def measure_coverage(policy) -> dict:
@@ -257,6 +307,21 @@ def measure_before(policy, which, steps, samples, seed, reward) -> dict:
     return read_json(path)
 
 
+@contextmanager
+def merged(policy):
+    "Inside, the adapter is part of the weights, which saves a quarter of the time; afterwards all is as before"
+    layers = [layer for layer in policy.denoiser.modules() if hasattr(layer, "merged_adapters")]
+    kept = [layer.base_layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, kept):
+            layer.merged_adapters.clear()
+            layer.base_layer.weight.data.copy_(weight)
+
+
 class Measure(Callback):
     "Measures before training, and after the epochs of the plan"
 
@@ -285,6 +350,61 @@ class Measure(Callback):
         self.seconds += time.perf_counter() - started
 
 
+def queries_of(config, of=max) -> float:
+    "Reward queries of an epoch: where the number of steps is drawn anew, of the dearest draw, or the mean"
+    plans = [batch_plan(replace(config, num_steps=count)) for count in step_counts(resolve(config).num_steps)]
+    return of([next(number for name, number in plan.items() if "queries" in name) for plan in plans])
+
+
+def along(config) -> list:
+    "As `plan`, for a run of the frontier"
+    search = config.seed == search_seed
+    times, counts = (search_times, search_pairs) if search else (frontier_times, frontier_pairs)
+    seed = search_evaluation_seed if search else evaluation_seed
+    epochs = sorted({max(1, round(time * config.epochs)) for time in times})
+    return [(epoch, "trained", steps, samples, seed) for epoch in epochs for samples, steps in counts.items()]
+
+
+class MeasureAlong(Measure):
+    "Measures a run on its way and counts calls of the network; ends it where it lost much, or asked all it may"
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.counting = 0, False
+
+    def count(self, denoiser, args, kwargs):
+        "Called before the network is"
+        self.calls += self.counting * len(args[0] if args else next(iter(kwargs.values())))
+
+    def note(self, trainer, record):
+        super().note(trainer, record)
+        self.evaluations[-1]["network_calls"] = self.calls
+
+    def before_train(self, trainer):
+        with trainer.policy.without_lora():
+            for request in dict.fromkeys(entry[1:] for entry in along(trainer.config)):
+                self.note(trainer, measure_before(trainer.policy, *request, trainer.config.reward))
+        trainer.policy.denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.counting = True
+
+    def after_epoch(self, trainer, metrics):
+        config, started, self.counting = trainer.config, time.perf_counter(), False
+        spent = metrics["reward_queries"] + queries_of(config) > frontier_queries
+        now = config.epochs if spent else metrics["epoch"]
+        requests = [request for epoch, *request in along(config) if epoch == now]
+        with merged(trainer.policy):
+            for request in requests:
+                self.note(trainer, measure(trainer.policy, *request, config.reward))
+        if spent or (requests and self.lost() > lost_enough):
+            trainer.config = replace(config, epochs=metrics["epoch"])
+        self.counting, self.seconds = True, self.seconds + time.perf_counter() - started
+
+    def lost(self):
+        "Agreement, mean over step counts"
+        path = frontier_path({"name": "", "seed": 0, "evaluations": self.evaluations})
+        return -path.agreement[-1].mean().item()
+
+
 def shorten(value):
     "Six digits are enough for numbers that are drawn and averaged"
     if isinstance(value, dict):
@@ -294,15 +414,27 @@ def shorten(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def along_frontier(group) -> bool:
+    "Are the runs of a group measured on their way? A line is copied only between groups that measure alike"
+    return group.startswith("frontier") or group == "switches"
+
+
+def trainer_class(run) -> type:
+    "That of the method, or the one with a trust region"
+    if run.bound is None:
+        return method_trainer(run.config.recipe)
+    from trust_region import TrustRegionTrainer
+
+    return type("TrustRegionTrainer", (TrustRegionTrainer,), {"bound": run.bound})
+
+
 def execute(run: Run) -> dict:
     "Train and measure"
     torch.set_num_threads(1)
-    started, measuring = time.perf_counter(), Measure()
+    started, measuring = time.perf_counter(), MeasureAlong() if along_frontier(run.group) else Measure()
     with tempfile.TemporaryDirectory() as folder:
         config = type(run.config)(**{**asdict(run.config), "output_dir": f"{folder}/run"})
-        trainer = method_trainer(config.recipe)(
-            load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring]
-        )
+        trainer = trainer_class(run)(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
         trainer.train()
         metrics = read_jsonl(f"{folder}/run/metrics.jsonl")
     config = asdict(resolve(run.config)) | {"output_dir": None}
@@ -551,6 +683,87 @@ def spo(seeds):
     ]
 
 
+def frontier_run(group, name, seed, reward, **changes) -> Run:
+    "As `make_run`, for as many epochs as the queries last; where the number of steps is drawn, in the mean"
+    one = make_run(group, name, name, seed, reward, **changes).config
+    last = int(frontier_queries / queries_of(one, mean) + (queries_of(one) != queries_of(one, mean)))
+    return Run(group, name, replace(one, epochs=last, checkpoint_every=last))
+
+
+def frontier_number(line) -> float:
+    "What the search goes by: the mean gain by the time that 3 points of agreement are lost"
+    return gain_at_loss(frontier_path(line)).gain.mean().item()
+
+
+def frontier_tried(name, reward) -> list:
+    return [line for line in lines("frontier_search") if line["name"] == name and line["reward"] == reward]
+
+
+def frontier_search_runs(name, reward) -> list:
+    "Six settings: two of a ladder from slow to fast, the neighbours of the better one, and two of many small updates"
+    every = frontier_methods[name].changes.get("pairs_per_epoch", 16)
+    ladder = [
+        (1e-3, every),
+        (3e-3, every),
+        (1e-3, every // 4),
+        (3e-3, every // 2),
+        (3e-3, every // 4),
+        (1e-3, every // 8),
+        (5e-4, every // 8),
+    ]
+    runs = [
+        frontier_run("frontier_search", name, search_seed, reward, learning_rate=rate, pairs_per_update=size)
+        for rate, size in ladder
+    ]
+    known = {key_of(line["config"]): frontier_number(line) for line in frontier_tried(name, reward)}
+    first, second = runs[1], runs[3]
+    if not (first.key in known and second.key in known):
+        return [first, second]
+    neighbour = runs[0] if known[first.key] > known[second.key] else runs[4]
+    return [first, second, runs[2], neighbour, *runs[5:]][: begun.get(name)]
+
+
+def frontier_searched(name) -> dict:
+    "The best setting, searched on image quality. Raises SystemExit where the search has not run"
+    tried = frontier_tried(name, quality)
+    if not tried:
+        raise SystemExit(f"{name} has not been searched; run the group 'frontier_search' first.")
+    best = max(tried, key=frontier_number)["config"]
+    return {setting: best[setting] for setting in ("learning_rate", "pairs_per_update")}
+
+
+def frontier_search(seeds):
+    return [run for name in frontier_methods for run in frontier_search_runs(name, quality)]
+
+
+def frontier(seeds):
+    return [
+        frontier_run("frontier", name, seed, reward, **frontier_searched(name))
+        for reward, settings in frontier_plan.items()
+        for seed in frontier_seeds
+        for name, of_setting in settings.items()
+        if seed in of_setting
+    ]
+
+
+def switches(seeds):
+    "What the field found to help, on a setting of ours: each alone, against the same seed of `frontier`"
+    changes = {
+        "KL 3": dict(kl_coefficient=3.0),
+        "KL 30": dict(kl_coefficient=30.0),
+        "clip 0.1": dict(clip_range=0.1),
+        "trust region 1e-5": dict(clip_range=0.0),
+        "trust region 1e-6": dict(clip_range=0.0),
+    }
+    found = []
+    for seed in frontier_seeds[:1]:
+        for name, change in changes.items():
+            one = frontier_run("", switched, seed, quality, **frontier_searched(switched), **change)
+            bound = float(name.split()[-1]) if "trust" in name else None
+            found.append(Run("switches", name, one.config, bound))
+    return found
+
+
 groups = {
     "search": search,
     "order": order,
@@ -562,6 +775,9 @@ groups = {
     "steps": steps,
     "spo": spo,
     "few_steps": few_steps,
+    "frontier_search": frontier_search,
+    "frontier": frontier,
+    "switches": switches,
 }
 
 
@@ -587,11 +803,11 @@ def copy_lines(runs) -> list:
     "What another group has trained already is copied; the rest is returned, each training once"
     known, left = known_lines(), {}
     for run in missing(runs):
-        if run.key in known:
-            append_jsonl(
-                results / f"{run.group}.jsonl",
-                {**next(iter(known[run.key].values())), "group": run.group, "name": run.name},
-            )
+        found = known.get(run.key, {}).items()
+        alike = [line for (group, _), line in found if along_frontier(group) == along_frontier(run.group)]
+        alike = [] if run.group == "switches" else alike  # the bound of a trust region is in no line's settings
+        if alike:
+            append_jsonl(results / f"{run.group}.jsonl", {**alike[0], "group": run.group, "name": run.name})
         else:
             left.setdefault(run.key, run)
     return list(left.values())
@@ -607,7 +823,8 @@ def work(runs, workers):
             append_jsonl(results / f"{run.group}.jsonl", line)
             print(
                 f"{run.group} {number}/{len(left)}: {run.name}, {line['reward']}, seed {line['seed']}, {tried(line)}: "
-                f"gain {final_gain(line):+.3f} in {line['seconds']['all']:.0f} s",
+                f"gain {(frontier_number if along_frontier(run.group) else final_gain)(line):+.3f} "
+                f"in {line['seconds']['all']:.0f} s",
                 flush=True,
             )
     copy_lines(runs)

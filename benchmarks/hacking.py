@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from evaluations import progress, table
 from PIL import Image
 
 from sdpo_nb.config import preset_config
@@ -51,16 +52,10 @@ class HeldOut(Callback):
         found = step_generalization(
             trainer.policy, trainer.reward, held_out, steps=(1, 4, 10), samples=96, seed=2000, other_rewards=self.others
         )
-        counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
         self.evaluations.append(
             {
-                **counts,
-                "steps": found.steps,
-                "n": len(found.prompts),
-                "mean": found.mean.tolist(),
-                "std": found.std.tolist(),
-                "agreement": found.agreement.tolist(),
-                "diversity": found.diversity.tolist(),
+                **progress(trainer),
+                **table(found),
                 "attributes": {name: right.nanmean(1).tolist() for name, right in found.correct.items()},
                 "other_rewards": {name: rewards.mean(1).tolist() for name, rewards in found.other_rewards.items()},
             }

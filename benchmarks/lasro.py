@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from evaluations import progress, table
 from experiments import shorten
 from halves import backward, first_half, take_gradient, updates
 
@@ -73,12 +74,7 @@ def measure(policy, prompts) -> dict:
     )
     return {
         "prompts": "trained" if prompts is balanced else "unseen",
-        "steps": found.steps,
-        "n": len(found.prompts),
-        "mean": found.mean.tolist(),
-        "std": found.std.tolist(),
-        "agreement": found.agreement.tolist(),
-        "diversity": found.diversity.tolist(),
+        **table(found),
         "other_rewards": {other: found.other_rewards[other].mean(1).tolist()},
     }
 
@@ -97,8 +93,7 @@ class Measure(Callback):
         self.evaluations = []
 
     def note(self, trainer, found):
-        counts = {name: trainer.counts[name] for name in ("epoch", "samples", "reward_queries", "optimizer_steps")}
-        self.evaluations += [{**counts, **record} for record in found]
+        self.evaluations += [{**progress(trainer), **record} for record in found]
 
     def before_train(self, trainer):
         self.note(trainer, measure_before())

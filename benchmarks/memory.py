@@ -16,16 +16,24 @@ from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from peft import LoraConfig
 from random_models import full_width, kinds
 from torch.autograd.graph import saved_tensors_hooks
 
-from sdpo_nb.files import append_jsonl
+from sdpo_nb.files import append_jsonl, read_jsonl
+from sdpo_nb.lora import switch_adapters
 
 GB = 1e9
+with_unet = ["sd_turbo", "sdxl_turbo", "lcm"]
+flows = ["sd35_turbo", "flux_schnell", "sana_sprint", "zimage_turbo"]
 precisions = {"fp16": torch.float16, "fp32": torch.float32}
+of_transformers = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock, SanaTransformerBlock)
+blocks_of = (BasicTransformerBlock, ResnetBlock2D, *of_transformers, ZImageTransformerBlock)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -65,7 +73,28 @@ def inputs(unet, samples):
     return given
 
 
-def kept(unet, samples=2) -> tuple:
+def flow_inputs(kind, size, samples):
+    "What a transformer reads in bfloat16, for pictures of `size` pixels; prompts as long as the pipeline makes them"
+    empty = lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+    given, times = dict(return_dict=False), torch.zeros(samples, device="meta")
+    if kind == "zimage_turbo":  # its prompts are as long as they are: 128 tokens is a long one
+        pictures = [empty(16, 1, size // 8, size // 8) for _ in range(samples)]
+        return given | dict(x=pictures, t=times, cap_feats=[empty(128, 2560) for _ in range(samples)])
+    given |= dict(timestep=times)
+    if kind == "sana_sprint":
+        given |= dict(hidden_states=empty(samples, 32, size // 32, size // 32), guidance=empty(samples))
+        mask = torch.ones(samples, 300, device="meta")
+        return given | dict(encoder_hidden_states=empty(samples, 300, 2304), encoder_attention_mask=mask)
+    if kind == "sd35_turbo":
+        given |= dict(hidden_states=empty(samples, 16, size // 8, size // 8), pooled_projections=empty(samples, 2048))
+        return given | dict(encoder_hidden_states=empty(samples, 333, 4096))
+    tokens = (size // 16) ** 2
+    given |= dict(hidden_states=empty(samples, tokens, 64), pooled_projections=empty(samples, 768))
+    given |= dict(img_ids=empty(tokens, 3), txt_ids=empty(256, 3))
+    return given | dict(encoder_hidden_states=empty(samples, 256, 4096))
+
+
+def kept(unet, samples=2, given=None) -> tuple:
     "Bytes a sample that the backward pass needs, and those of the block that needs most"
     weights, seen, total, blocks = {p.untyped_storage()._cdata for p in unet.parameters()}, {}, [0], {}
 
@@ -82,7 +111,7 @@ def kept(unet, samples=2) -> tuple:
     def after(module, *_):
         blocks[module] += total[0]
 
-    parts = [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+    parts = [module for module in unet.modules() if isinstance(module, blocks_of)]
     handles = [
         handle
         for module in parts
@@ -92,14 +121,36 @@ def kept(unet, samples=2) -> tuple:
         patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
         saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        unet(**inputs(unet, samples))
+        unet(**(given or inputs(unet, samples)))
     for handle in handles:
         handle.remove()
     return total[0] / samples, max(blocks.values()) / samples
 
 
+def flow_rows(kind):
+    "A flow model in bfloat16, for pictures of two sizes"
+    with init_empty_weights(include_buffers=True):
+        pipeline = kinds[kind](full_width, 1024)
+    texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None]
+    network = pipeline.transformer.requires_grad_(False).eval()
+    sizes = dict(transformer=millions(network), vae=millions(pipeline.vae), text=sum(map(millions, texts)))
+    network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    network.to(torch.bfloat16)
+    switch_adapters(network, ["default"], ["default"])
+    for size in (512, 1024):
+        network.disable_gradient_checkpointing()
+        whole, block = kept(network, 2, flow_inputs(kind, size, 2))
+        network.enable_gradient_checkpointing()
+        again = kept(network, 2, flow_inputs(kind, size, 2))[0] + block
+        numbers = dict(gb_per_sample=round(whole / GB, 2), gb_per_sample_checkpointed=round(again / GB, 2))
+        yield dict(kind=kind, precision="bf16", size=size, millions=sizes, **numbers)
+
+
 def rows(kind):
     "A model in each precision"
+    if kind in flows:
+        yield from flow_rows(kind)
+        return
     with init_empty_weights():
         pipeline = kinds[kind](full_width, 512)
     texts = [
@@ -110,9 +161,7 @@ def rows(kind):
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for precision, dtype in precisions.items():
         unet.to(dtype)
-        for parameter in unet.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        switch_adapters(unet, ["default"], ["default"])  # its weights in float32, computed in the type of the layer
         unet.disable_gradient_checkpointing()
         whole, block = kept(unet)
         unet.enable_gradient_checkpointing()
@@ -127,15 +176,20 @@ def rows(kind):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds))
+    parser.add_argument("--kinds", nargs="+", default=with_unet + flows, choices=with_unet + flows)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.jsonl")
     options = parser.parse_args()
+    known = read_jsonl(options.output) if options.output.is_file() else []
     options.output.unlink(missing_ok=True)  # the rows are counted, not measured: the same on any machine
+    for row in known:  # of models that are not counted anew
+        if row["kind"] not in options.kinds:
+            append_jsonl(options.output, row)
     for kind in options.kinds:
         for row in rows(kind):
             append_jsonl(options.output, row)
+            size = row.get("size", 512)
             print(
-                f"{kind:<12}{row['precision']}  {row['gb_per_sample']:6.2f} GB a sample, "
+                f"{kind:<13}{row['precision']} {size:>5} pixels {row['gb_per_sample']:6.2f} GB a sample, "
                 f"{row['gb_per_sample_checkpointed']:5.2f} GB with gradient checkpointing   {row['millions']}",
                 flush=True,
             )

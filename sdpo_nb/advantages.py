@@ -119,7 +119,6 @@ def _moments(
 def _check_returns(
     prompts: Sequence[str],  # one per row
     returns: torch.Tensor,  # `[B,T]`
-    num_steps: int | None,  # T of the returns already remembered, None when there are none
 ):
     "Refuse returns that would poison the memory (ValueError): it outlives the epoch and the checkpoint."
     if returns.ndim != 2 or returns.numel() == 0 or len(prompts) != len(returns):
@@ -130,11 +129,6 @@ def _check_returns(
         row = int((~returns.isfinite()).any(1).nonzero()[0])
         raise ValueError(
             f"returns of row {row} (prompt {prompts[row]!r}) are not finite; check the reward of this prompt"
-        )
-    if num_steps not in (None, returns.shape[1]):
-        raise ValueError(
-            f"returns has {returns.shape[1]} steps but earlier calls had {num_steps}; "
-            "start a new normalizer when T changes"
         )
 
 # %% ../nbs/17_advantages.ipynb #557905e0
@@ -154,7 +148,7 @@ class StepPromptNormalizer:
                 f"min_count is {min_count} with buffer_size {buffer_size}; choose 1 <= min_count <= buffer_size"
             )
         self.buffer_size, self.min_count, self.divide_by_std = buffer_size, min_count, divide_by_std
-        self.buffers: dict[str, torch.Tensor] = {}  # prompt -> `[n,T]` float64, oldest row first
+        self.buffers: dict[tuple[str, int], torch.Tensor] = {}  # (prompt, T) -> `[n,T]` float64, oldest row first
 
 # %% ../nbs/17_advantages.ipynb #9480eac1
 @patch
@@ -164,9 +158,9 @@ def remember(
     values: torch.Tensor,  # `[n,T]` new returns of this prompt
 ) -> torch.Tensor:  # all that is remembered of it, `[<= buffer_size, T]`
     "Append to one prompt's memory and forget all but the last `buffer_size` rows."
-    known = self.buffers.get(prompt, values[:0])
-    self.buffers[prompt] = torch.cat([known, values])[-self.buffer_size :]
-    return self.buffers[prompt]
+    key = prompt, values.shape[1]
+    self.buffers[key] = torch.cat([self.buffers.get(key, values[:0]), values])[-self.buffer_size :]
+    return self.buffers[key]
 
 # %% ../nbs/17_advantages.ipynb #9eb705ff
 def rows_by_prompt(
@@ -186,7 +180,7 @@ def update(
     returns: torch.Tensor,  # `[B,T]`, gathered over all processes in one fixed order
 ) -> torch.Tensor:  # advantages `[B,T]`, dtype and device of `returns`
     "Remember the returns, then standardise them; ValueError for a wrong shape or a value that is not finite."
-    _check_returns(prompts, returns, next((known.shape[1] for known in self.buffers.values()), None))
+    _check_returns(prompts, returns)
     values = returns.detach().to("cpu", torch.float64)
     mean, std = (moment.expand_as(values).clone() for moment in _moments(values, self.by_step))
     for prompt, rows in (rows_by_prompt(prompts) if self.by_prompt else {}).items():
@@ -203,8 +197,9 @@ def state_dict(
 ) -> dict:  # of one tensor, which is written in milliseconds however many prompts there are
     "The memory, for a checkpoint."
     tables = list(self.buffers.values())
-    rows = torch.cat(tables) if tables else torch.zeros(0, 0, dtype=torch.float64)
-    return {"prompts": list(self.buffers), "counts": [len(table) for table in tables], "rows": rows}
+    numbers = torch.cat([table.flatten() for table in tables]) if tables else torch.zeros(0, dtype=torch.float64)
+    prompts, steps = [prompt for prompt, _ in self.buffers], [steps for _, steps in self.buffers]
+    return {"prompts": prompts, "steps": steps, "counts": [len(table) for table in tables], "numbers": numbers}
 
 # %% ../nbs/17_advantages.ipynb #2b7a7021
 @patch
@@ -213,8 +208,10 @@ def load_state_dict(
     state: dict,  # from `state_dict`
 ):
     "Replace the memory by a saved one."
-    tables = state["rows"].split(state["counts"]) if state["prompts"] else []
-    self.buffers = {prompt: known[-self.buffer_size :].clone() for prompt, known in zip(state["prompts"], tables)}
+    sizes = list(zip(state["counts"], state["steps"]))
+    tables = state["numbers"].split([count * steps for count, steps in sizes]) if sizes else []
+    known = [table.view(size)[-self.buffer_size :].clone() for table, size in zip(tables, sizes)]
+    self.buffers = dict(zip(zip(state["prompts"], state["steps"]), known))
 
 # %% ../nbs/17_advantages.ipynb #2e6ffdc3
 class _PromptNormalizer(StepPromptNormalizer):
@@ -244,7 +241,7 @@ class NoNormalizer(StepPromptNormalizer):
         returns: torch.Tensor,  # `[B,T]`
     ) -> torch.Tensor:  # a copy of `returns`
         "Pass the returns on; raises ValueError for a wrong shape or a value that is not finite."
-        _check_returns(prompts, returns, None)
+        _check_returns(prompts, returns)
         return returns.detach().clone()
 
 # %% ../nbs/17_advantages.ipynb #4798e505
@@ -262,7 +259,7 @@ def variance_parts(
     prompts: Sequence[str],  # B, one per row
 ) -> dict[str, float]:  # four parts, which add up to the population variance of all values
     "Variance between steps, prompts, their combinations beyond that, and among equals; ValueError for a wrong shape."
-    _check_returns(prompts, values, None)
+    _check_returns(prompts, values)
     values = values.detach().to("cpu", torch.float64)
     mean, step, equals = values.mean(), values.mean(0), torch.empty_like(values)
     for rows in rows_by_prompt(prompts).values():

@@ -1,4 +1,4 @@
-"""Callbacks: progress, live pictures, evaluation, report, trackers and the hub, all outside the training loop.
+"""Progress, live pictures, evaluation, report, trackers and the hub: code that watches a run, outside the training loop.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/callbacks.html.md"""
 
@@ -10,12 +10,16 @@ __all__ = ['trackers', 'in_notebook', 'ProgressCallback', 'show_in_place', 'Live
            'tracker_names', 'TrackerCallback', 'PictureCallback', 'HubCallback', 'default_callbacks', 'with_configured']
 
 # %% ../nbs/33_callbacks.ipynb #71c49e92
+import gzip
+import hashlib
 import io
+import json
+import os
 import secrets
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,14 +30,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 # %% ../nbs/33_callbacks.ipynb #a5024eb5
+from .config import step_counts
 from .evaluate import StepEvaluation, compare, evaluation_pairs, possible_steps, spread_indices
 from .evaluate import step_generalization, usual_steps
 from .figures import advantage_map, anchor_histogram, film_strip, reward_map, save_figure, similarity_map
 from .figures import step_grid, training_curves
 from .files import atomic_write, read_json, write_json
 from .models import picture_size, shrink
+from .prompts import pairs_of_steps
 from .report import model_card, push_run, run_summary, write_report
 from .run import Callback
+from .shapes import assets
 
 # %% ../nbs/33_callbacks.ipynb #89203248
 def in_notebook() -> bool:
@@ -46,12 +53,19 @@ def _watched_by_a_person():
     "May a line be written over? Not in a file or a pipe"
     return sys.stdout.isatty() or in_notebook()
 
+# %% ../nbs/33_callbacks.ipynb #e458c001
+def _sparkline(values, width=24):  # numbers
+    "A curve of one line of text: at most so many of its points, from the lowest to the highest"
+    points = np.asarray(values, float)[np.linspace(0, len(values) - 1, min(width, len(values))).round().astype(int)]
+    heights = (points - points.min()) / max(np.ptp(points), 1e-12)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * height)] for height in heights)
+
 # %% ../nbs/33_callbacks.ipynb #101a5b2a
 class ProgressCallback(Callback):
     "A bar with reward and time left in a terminal or notebook; one plain line an epoch otherwise. Give it after others"
 
     def before_train(self, run):
-        self.bar, c = None, run.config
+        self.bar, self.rewards, c = None, [], run.config
         if run.accelerator.is_main_process and _watched_by_a_person():
             self.bar = tqdm(total=c.epochs, initial=run.counts["epoch"], desc="training", unit="epoch")
 
@@ -59,7 +73,8 @@ class ProgressCallback(Callback):
         if not run.accelerator.is_main_process:
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(f"reward {metrics['reward/mean']:.3f}")
+            self.rewards.append(metrics["reward/mean"])
+            self.bar.set_postfix_str(f"reward {self.rewards[-1]:.3f} {_sparkline(self.rewards)}")
             self.bar.update()
             if run.finished():
                 self.bar.close()  # what follows has lines of its own
@@ -97,7 +112,7 @@ class LiveCallback(Callback):
         prompts, c = run.prompts, run.config
         shown = [prompts[index] for index in spread_indices(len(prompts), len(prompts), 4)]
         self.pairs = evaluation_pairs(shown, 4, c.eval_seed)
-        self.steps, self.handles, self.due = sorted({1, c.num_steps}), [None, None], 0.0
+        self.steps, self.handles, self.due = sorted({1, *step_counts(c.num_steps)}), [None, None], 0.0
         with run.policy.without_lora():
             self.before = self.pictures(run)
 
@@ -118,11 +133,11 @@ class LiveCallback(Callback):
 
 # %% ../nbs/33_callbacks.ipynb #n34prog1
 @contextmanager
-def _evaluation_progress(title, tables):  # [(pairs, step counts)] in the order of the work
+def _evaluation_progress(title, tables):  # step count -> pairs, in the order of the work
     "A function to be called with the steps done: it moves a bar, or writes a line when a step count is finished"
     marks, done, started = [], 0, time.perf_counter()
-    for pairs, steps in tables:
-        marks += [(pairs * count, f"{count} step{'s' * (count != 1)}") for count in steps]
+    for table in tables:
+        marks += [(pairs * count, f"{count} step{'s' * (count != 1)}") for count, pairs in table.items()]
     total = sum(size for size, _ in marks)
     bar = tqdm(total=total, desc=title, unit="step") if _watched_by_a_person() else None
 
@@ -141,6 +156,55 @@ def _evaluation_progress(title, tables):  # [(pairs, step counts)] in the order 
         if bar is not None:
             bar.close()
 
+# %% ../nbs/33_callbacks.ipynb #1133e9ff
+def _evaluation_key(run, pairs) -> dict:  # pairs: own scheduler? -> step count -> n
+    "Everything that decides an evaluation before training; None where the reward is none of the package's small ones"
+    parts = getattr(run.reward, "rewards", {"": run.reward}).values()
+    if {getattr(part, "function", type(part)).__module__ for part in parts} != {"sdpo_nb.rewards"}:
+        return None
+    c, policy = run.config, run.policy
+    schedulers = [dict(kind.config) | {"_diffusers_version": ""} for kind in (policy.scheduler, policy.own_scheduler)]
+    key = dict(policy=policy.fingerprint, reward=run.reward.name, prompts=run.prompts, seed=c.eval_seed, eta=c.eta)
+    key |= dict(guidance=policy.guidance_scale, dtype=str(policy.dtype), device=policy.device.type)
+    tables = [[list(pair) for pair in table.items()] for table in pairs.values()]
+    return json.loads(json.dumps(key | dict(schedulers=schedulers, pairs=tables), default=str, sort_keys=True))
+
+# %% ../nbs/33_callbacks.ipynb #ccab5665
+_shipped = assets / "evaluation_before.pt.gz"  # of the demo
+
+
+def _users_copy(key) -> Path:  # None where nothing is to be kept
+    "Where an evaluation before training lies for the next run"
+    folder = os.environ.get("SDPO_NB_CACHE", Path.home() / ".cache" / "sdpo_nb")
+    if key is None or not str(folder):
+        return None
+    sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(assets.parent.glob("*.py"))]
+    words = json.dumps([key, torch.__version__, sources])
+    return Path(folder) / f"evaluation_{hashlib.sha256(words.encode()).hexdigest()[:24]}.pt.gz"
+
+
+def _keep_copy(path: Path, key: dict, evaluations: dict):
+    "Write it, with pictures of eight bits; where that fails, nothing is lost"
+    found = {own: vars(one) | {"images": (255 * one.images).round().byte()} for own, one in evaluations.items()}
+    torch.save({"key": key, "evaluations": found}, buffer := io.BytesIO())
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, gzip.compress(buffer.getvalue()))
+
+# %% ../nbs/33_callbacks.ipynb #0c904af0
+def _read_copy(path: Path, key: dict) -> dict:  # own scheduler? -> `StepEvaluation`
+    "The evaluation that was kept there; None where there is none, or one of something else"
+    if path is None or key is None or not path.is_file():
+        return None
+    try:
+        kept = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=True)
+        if kept["key"] != key:
+            return None
+        found = kept["evaluations"].items()
+        return {own: StepEvaluation(**one | {"images": one["images"].float() / 255}) for own, one in found}
+    except Exception:
+        return None  # as in `read_evaluations`
+
 # %% ../nbs/33_callbacks.ipynb #73849169
 def read_evaluations(
     path: Path,  # written by `EvaluationCallback`
@@ -158,9 +222,9 @@ def read_evaluations(
 class EvaluationCallback(Callback):
     "Fixed pairs before and after, at every step count, by the sampler as trained and the pipeline's own scheduler"
 
-    def pairs(self, run):  # own scheduler? -> how many pairs; the smaller evaluation is a part of the larger
-        samples = run.config.eval_samples
-        return {False: samples, True: max(1, samples // 4)}
+    def pairs(self, run):  # own scheduler? -> step count -> how many pairs: half of them where it is slow, and a part
+        most, steps = run.config.eval_samples, possible_steps(run.policy)
+        return {own: {T: max(1, n // (1 + (T > 16))) for T in steps} for own, n in ((False, most), (True, most // 4))}
 
     def evaluate(self, run, own):
         c, watched = run.config, (run.policy, run.reward, run.prompts)
@@ -169,28 +233,41 @@ class EvaluationCallback(Callback):
 
     def both(self, run, when):
         "Own scheduler? -> evaluation, with progress"
-        tables = [(number, possible_steps(run.policy)) for number in self.pairs(run).values()]
-        with _evaluation_progress(f"evaluation {when}", tables) as self.update:
+        with _evaluation_progress(f"evaluation {when}", [*self.pairs(run).values()]) as self.update:
             return {own: self.evaluate(run, own) for own in (False, True)}
 
-    def read(self, run, path):
-        "What was kept, if it is of these pairs"
-        kept, asked = read_evaluations(path), self.pairs(run).items()
-        pairs = {own: evaluation_pairs(run.prompts, number, run.config.eval_seed)[0] for own, number in asked}
-        return kept if kept and all(kept[own].prompts == pairs[own] for own in pairs) else None
+    def read(self, run):
+        "What the run folder keeps, if it is of these pairs"
+        kept = read_evaluations(run.folder / "evaluation_before.pt")
+        for own, table in self.pairs(run).items() if kept else ():
+            (prompts, _), parts = pairs_of_steps(run.prompts, kept[own].steps, table, run.config.eval_seed)
+            if (kept[own].prompts, kept[own].pairs) != (prompts, [*map(len, parts)]):
+                return None
+        return kept
+
+    def answers(self, run):
+        "From a copy that somebody has kept, or else by sampling"
+        key = _evaluation_key(run, self.pairs(run))
+        place = _users_copy(key)
+        if found := _read_copy(place, key) or _read_copy(_shipped, key):
+            print("evaluation before: known already", flush=True)
+            return found
+        with run.policy.without_lora():
+            found = self.both(run, "before")
+        if place:
+            _keep_copy(place, key, found)
+        return found
 
     def before_train(self, run):
         if not run.config.eval_samples or not run.accelerator.is_main_process:
             return
         if missing := [str(count) for count in usual_steps if count not in possible_steps(run.policy)]:
             print(f"evaluation: this model cannot do {' or '.join(missing)} steps, which are left out", flush=True)
-        self.before = self.read(run, path := run.folder / "evaluation_before.pt")
-        if self.before:
-            return
-        with run.policy.without_lora():
-            self.before = self.both(run, "before")
-        torch.save({own: vars(found) for own, found in self.before.items()}, buffer := io.BytesIO())
-        atomic_write(path, buffer.getvalue())
+        self.before = self.read(run)
+        if self.before is None:
+            self.before = self.answers(run)
+            torch.save({own: vars(found) for own, found in self.before.items()}, buffer := io.BytesIO())
+            atomic_write(run.folder / "evaluation_before.pt", buffer.getvalue())
 
     def after_train(self, run):
         if not run.config.eval_samples or not run.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Functions found by the name of their file, and called with care: numbers come out, nothing waits for ever, and what was computed can be recognised again.
+"""Functions found by the name of their file, and called with care: numbers are checked, a call that hangs can be given up, and code can be recognised again.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/calls.html.md"""
 

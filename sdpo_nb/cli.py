@@ -1,4 +1,4 @@
-"""Train, evaluate and sample without writing Python; every mistake costs a second and is answered by one sentence.
+"""Train, evaluate and sample without writing Python. An error is reported within a second, in one sentence.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/cli.html.md"""
 
@@ -105,11 +105,14 @@ def _note_words(policy, prompts: list):
         warnings.warn(f"the embedded model does not know {', '.join(map(repr, words[:8]))}{more}; {like}.")
 
 
-def _load_policy(policy: str, precision: str, variant: str = None):
+def _load_policy(policy: str, precision: str, variant: str = None, size: int = None):
     "As the settings say"
     from sdpo_nb.models import load_policy
 
-    return load_policy(policy, precision=precision, **({} if variant is None else {"variant": variant}))
+    model = load_policy(policy, precision=precision, **({} if variant is None else {"variant": variant}))
+    if size is not None:
+        model.size = size
+    return model
 
 # %% ../nbs/50_cli.ipynb #b0752b87
 def train(
@@ -139,7 +142,7 @@ def train(
 # %% ../nbs/50_cli.ipynb #c88a924c
 def _trainer(config: RunConfig, reward, prompts: list):
     "The trainer of the method, with its policy"
-    policy = _load_policy(config.policy, config.precision, config.variant)
+    policy = _load_policy(config.policy, config.precision, config.variant, config.size)
     if _is_lead():
         _note_words(policy, prompts)
     return method_trainer(config.recipe)(policy, reward, prompts, config)
@@ -222,12 +225,13 @@ def _model_settings(saved: dict, policy: str, precision: str, guidance_scale: fl
     precision = _known_setting("precision", precision, saved, "fp32")
     variant = variant or (saved.get("variant") if policy is None else None)  # of the run's own files
     policy = plain_path(_known_setting("policy", policy, saved))
-    return dict(policy=policy, precision=precision, guidance_scale=guidance_scale, variant=variant)
+    found = dict(policy=policy, precision=precision, guidance_scale=guidance_scale, variant=variant)
+    return found | dict(size=saved.get("size"))
 
 # %% ../nbs/50_cli.ipynb #7eeffe40
-def _load_with_loras(loras: list, prompts: list, policy: str, precision: str, guidance_scale: float, variant: str):
+def _load_with_loras(loras: list, prompts: list, *, guidance_scale: float, **model):
     "A policy with its LoRAs, [(path, scale)], for some prompts"
-    model = _load_policy(policy, precision, variant)
+    model = _load_policy(**model)
     model.guidance_scale = guidance_scale
     _note_words(model, prompts)
     if len(loras) == 1 and loras[0][0].name == "unet":

@@ -28,9 +28,11 @@ def setting(
     high: float = None,  # the highest number allowed; None: any
     choices=None,  # the names allowed: a tuple, a registry, or where one is, "module:name", fetched when it is needed
     path: bool = False,  # is it a place on the disk?
+    several: bool = False,  # may it be a list of such numbers?
 ):  # a dataclass field
     "A field that carries its meaning, its range and its choices"
-    return field(default=default, metadata=dict(help=help, low=low, above=above, high=high, choices=choices, path=path))
+    facts = dict(help=help, low=low, above=above, high=high, choices=choices, path=path, several=several)
+    return field(default=default, metadata=facts)
 
 # %% ../nbs/04_commands.ipynb #2f6d1ff1
 def plain_path(
@@ -80,13 +82,16 @@ def check_setting(
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; give True or False.")
     if kind in (int, float):
-        _check_number(name, value, kind, *(facts.get(limit) for limit in ("low", "above", "high")))
+        numbers = list(value) if facts.get("several") and isinstance(value, (list, tuple)) and value else [value]
+        for number in numbers:
+            _check_number(name, number, kind, *(facts.get(limit) for limit in ("low", "above", "high")))
+        return numbers if len(numbers) > 1 else numbers[0]
     if (choices := facts.get("choices")) is not None and str(value) != field.default:
         found = resolve_name(choices) if isinstance(choices, str) else choices
         value = str(value) if isinstance(value, Integral) else value  # queries=3
         return choose(name, value, found() if callable(found) else found)
     value = plain_path(value) if facts.get("path") else value
-    if kind not in (bool, int, float) and not isinstance(value, (kind, os.PathLike)):
+    if kind is not bool and not isinstance(value, (kind, os.PathLike)):
         raise ValueError(f"{name} is {value!r:.60}; give a text.")
     return value
 
@@ -99,12 +104,14 @@ class Flag(NamedTuple):
     help: str  # what it means
     named: bool = False  # is its value one of several names?
     path: bool = False  # is it a place on the disk?
+    several: bool = False  # may it be several numbers, with commas between them?
 
 # %% ../nbs/04_commands.ipynb #4729d0d6
 def _field_flag(f) -> Flag:
     "A field of a dataclass, with what `setting` notes about it"
     kind, facts = f.type if f.type in (bool, int, float) else str, f.metadata
-    return Flag(kind, f.default, facts.get("help", ""), facts.get("choices") is not None, facts.get("path", False))
+    named = facts.get("choices") is not None
+    return Flag(kind, f.default, facts.get("help", ""), named, facts.get("path", False), facts.get("several", False))
 
 
 def flags_of(
@@ -133,6 +140,10 @@ def read_value(
     "The value that is meant. Raises `ValueError` with one sentence"
     if flag.default is None and (value is None or (not flag.named and str(value).lower() == "none")):
         return None
+    if flag.several and isinstance(value, str) and "," in value:
+        value = value.split(",")
+    if flag.several and isinstance(value, (list, tuple)):
+        return [read_value(name, flag._replace(several=False), part) for part in value]
     try:
         if flag.kind is bool:
             return _truth[str(value).lower()]

@@ -22,17 +22,25 @@ def _check_pred_x0(pred_x0):
         )
 
 # %% ../nbs/16_dense.ipynb #fc945c2e
+_numbers_at_once = 2**24  # of the clean latents: in float32, with what is computed from them, 0.3 GB
+
+
+def _similarities(flat, indices):  # `[b,T,D]`, `[b,Q]`
+    "`[b,Q,T]`, of some trajectories"
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    rows = torch.arange(len(flat), device=flat.device)
+    return torch.stack([cosine_similarity(flat, flat[rows, i][:, None], dim=2) for i in indices.unbind(1)], 1)
+
+
 def step_similarities(
     pred_x0: torch.Tensor,  # `[B,T,C,H,W]`
     indices: torch.Tensor,  # LongTensor `[B,Q]`, steps to compare with
 ) -> torch.Tensor:  # `[B,Q,T]`, cosines in [-1,1], float32 or better
     "How much every clean latent resembles those at the given steps of the same trajectory"
     _check_pred_x0(pred_x0)
-    flat = pred_x0.flatten(2).to(torch.promote_types(pred_x0.dtype, torch.float32))
-    rows = torch.arange(len(flat), device=flat.device)
-    return torch.stack(
-        [cosine_similarity(flat, flat[rows, column][:, None], dim=2) for column in indices.to(flat.device).unbind(1)], 1
-    )
+    flat, indices = pred_x0.flatten(2), indices.to(pred_x0.device)
+    together = max(1, _numbers_at_once // max(1, flat.shape[1:].numel()))  # trajectories
+    return torch.cat([_similarities(x, i) for x, i in zip(flat.split(together), indices.split(together))])
 
 # %% ../nbs/16_dense.ipynb #7899f835
 def _anchor_scores(pred_x0, among, generator):
@@ -199,6 +207,7 @@ def pair_diversity(
     pred_x0: torch.Tensor,  # `[K,B,C,H,W]`
 ) -> float:  # None where no prompt occurs twice
     "Mean root-mean-square distance between clean latents of the same prompt"
-    flat, names = pred_x0.flatten(2).flatten(0, 1).float().cpu(), prompts * len(pred_x0)
-    same = torch.tensor([[a == b for a in names] for b in names]).triu(1)
+    flat, numbers = pred_x0.flatten(2).flatten(0, 1).float().cpu(), {name: i for i, name in enumerate(prompts)}
+    names = torch.tensor([numbers[name] for name in prompts] * len(pred_x0))
+    same = (names[:, None] == names).triu(1)
     return (torch.cdist(flat, flat) / flat.shape[1] ** 0.5)[same].mean().item() if same.any() else None

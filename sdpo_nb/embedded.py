@@ -1,4 +1,4 @@
-"""How the few-step model inside the package is made, on one CPU core, from renders alone.
+"""How the few-step model inside the package is trained, on one CPU core, from renders alone.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/embedded.html.md"""
 
@@ -56,7 +56,7 @@ def _merge_pair(tokens, pair):
 
 # %% ../nbs/90_embedded.ipynb #c7c692bb
 def _learn_merges(words: Counter, vocabulary: dict) -> list:
-    "Merges until every word is one token, each added to the vocabulary; of equals the smaller numbers go first"
+    "Merges until every word is one token, added to the vocabulary; of equally frequent pairs the smaller numbers first"
     spelled, merges = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
     while True:
         pairs = Counter()
@@ -199,7 +199,7 @@ def build_vae() -> AutoencoderKL:
 
 # %% ../nbs/90_embedded.ipynb #1e8e2f9a
 def _vae_loss(vae, generator):
-    "Squared error and a whisper of KL, on 32 fresh renders"
+    "Squared error and a KL term of very small weight, on 32 fresh renders"
     images = render(random_scenes(32, generator)) * 2 - 1
     posterior = vae.encode(images).latent_dist
     return F.mse_loss(vae.decode(posterior.sample()).sample, images) + 4e-8 * posterior.kl().mean()
@@ -207,7 +207,7 @@ def _vae_loss(vae, generator):
 # %% ../nbs/90_embedded.ipynb #e29c46ba
 @torch.no_grad()
 def _measure_scale(vae, seed=0):
-    "Keep in the configuration of a trained autoencoder what brings the latents to unit variance"
+    "Store in a trained autoencoder's configuration the factor that gives its latents unit variance"
     images = render(random_scenes(2048, torch.Generator().manual_seed(seed + 1)))
     latents = vae.encode(images * 2 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -341,7 +341,7 @@ def _train_unet(vae, tokenizer, text_encoder, iterations=7000, planned=11500, *,
 
 # %% ../nbs/90_embedded.ipynb #8348d812
 def _assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
-    "The very class that SD-Turbo is"
+    "A pipeline of the same class as SD-Turbo"
     parts = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler())
     left_out = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline = StableDiffusionPipeline(**parts, **left_out)

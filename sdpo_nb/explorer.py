@@ -1,4 +1,4 @@
-"""A widget that stops a trajectory at any step: noisy state, predicted clean sample, both rewards, and similarities.
+"""An explorer that stops a trajectory at any step: noisy state, predicted clean sample, both rewards, and similarities.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/explorer.html.md"""
 

@@ -1,4 +1,4 @@
-"""Film strips, maps, curves and grids for what happens inside a trajectory and over a training run.
+"""Film strips, maps, curves and grids that show what happens inside a trajectory and over a training run.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/figures.html.md"""
 

@@ -1,4 +1,4 @@
-"""Write aside, then rename: a reader finds the old file or the new one, never half of one.
+"""Write to a temporary file, then rename: a reader finds the old file or the new one, never half of one.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/files.html.md"""
 

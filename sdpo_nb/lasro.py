@@ -1,4 +1,4 @@
-"""At one or two steps a policy gradient starves. Learn a differentiable stand-in for the reward, and follow that.
+"""With one or two steps a policy gradient has few actions to compare. Learn a differentiable stand-in for the reward, and follow its gradient.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/lasro.html.md"""
 
@@ -48,7 +48,7 @@ def few_step_outputs(
 # %% ../nbs/43_lasro.ipynb #282d6784
 @dataclass(frozen=True)
 class LaSROConfig(RunConfig):
-    "Settings of LaSRO. `pairs_per_epoch` counts prompts with fresh labels, each as dear as `candidates` trajectories"
+    "Settings of LaSRO. `pairs_per_epoch` counts prompts with fresh labels; each costs `candidates` trajectories"
 
     recipe: str = setting("lasro", "the method")
     num_steps: int = setting(2, "T, 1 or 2: the outputs after each of them are trained", low=1)
@@ -74,7 +74,7 @@ class LaSROConfig(RunConfig):
     batches = {"surrogate_batch": "pairs_per_epoch", "micro_batch": "surrogate_batch"}
 
     def check(self):
-        "Raise ValueError for settings of LaSRO that cannot be"
+        "Raise ValueError for impossible settings of LaSRO"
         super().check()
         if self.num_steps > 2:
             raise ValueError(
@@ -165,7 +165,7 @@ def noise(self: LaSROTrainer, numbers, *key) -> tuple:  # of the samples, LongTe
 
 # %% ../nbs/43_lasro.ipynb #64ba5b82
 @patch
-def label(self: LaSROTrainer, prompts: list, *key) -> Rollout:  # G texts; what names the noise
+def label(self: LaSROTrainer, prompts: list, *key) -> Rollout:  # G texts; the key of the noise
     "K candidates for each prompt, each from its own initial noise, scored at every step"
     c, names, parts = self.config, prompts * self.config.candidates, []
     with self.timed("sample"):
@@ -203,7 +203,7 @@ def surrogate_step(self: LaSROTrainer, pairs: RankedPairs) -> float:  # the loss
 
 
 @patch
-def fit_surrogate(self: LaSROTrainer, steps: int, *key) -> list:  # how many; what names the draws; the losses
+def fit_surrogate(self: LaSROTrainer, steps: int, *key) -> list:  # how many; the key of the draws; the losses
     "Some steps on pairs from the replay buffer"
     generator = torch.Generator().manual_seed(hash_seed(self.config.seed, "surrogate", *key))
     self.surrogate.learning(True)
@@ -253,7 +253,7 @@ def refit(self: LaSROTrainer, rollout: Rollout) -> list:  # labelled; the losses
 
 # %% ../nbs/43_lasro.ipynb #2695b8a0
 @patch
-def compare(self: LaSROTrainer, rollout: Rollout) -> dict:  # fresh and labelled; metrics, None where nothing is to tell
+def compare(self: LaSROTrainer, rollout: Rollout) -> dict:  # fresh and labelled; metrics, None where not measured
     "True and claimed gain since before training, the surrogate's order of samples that it has never seen, the alarm"
     K, rewards, before = self.config.candidates, rollout.rewards.flatten(0, 1), self.before
     prompts, past = rollout.prompts * K, before["prompts"]
@@ -272,7 +272,7 @@ def compare(self: LaSROTrainer, rollout: Rollout) -> dict:  # fresh and labelled
 # %% ../nbs/43_lasro.ipynb #e908fba7
 @patch
 def generator_loss(self: LaSROTrainer, prompts: list, initial, noises) -> tuple:  # B texts, `[B,C,H,W]`, `[B,T,C,H,W]`
-    "Minus the clipped surrogate, plus the reference penalty (ours, for want of a teacher); scores `[B,T]`, and a log"
+    "Minus the clipped surrogate, plus the reference penalty (ours: there is no teacher); scores `[B,T]`, and a log"
     c, embedding = self.config, self.policy.embed(prompts)
     predict = lambda x, t: self.policy.predict(x, t, embedding)
 

@@ -1,4 +1,4 @@
-"""What of a denoiser is trained, a LoRA or everything, on top of what was loaded; the original model on for a while.
+"""What is trained of a denoiser (a LoRA or everything), on top of what was loaded, and how to get the original model back for a while.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/lora.html.md"""
 
@@ -13,12 +13,11 @@ import math
 import re
 import warnings
 from contextlib import contextmanager
+from functools import cache
 
 import torch
-from diffusers.training_utils import cast_training_params
+import torch.nn.functional as F
 from fastcore.basics import patch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .sharding import gathered, is_gathered, is_shared, split_as
 
@@ -62,9 +61,49 @@ class TrainablePipeline:
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
 
 
-def adapter_layers(network):
+def _named_layers(network) -> dict:
+    "The layers of a network that carry LoRAs, by name"
+    from peft.tuners.tuners_utils import BaseTunerLayer  # PEFT takes a second to import: only where it is used
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def adapter_layers(network) -> list:
     "The layers of a network that carry LoRAs"
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return [*_named_layers(network).values()]
+
+# %% ../nbs/03_lora.ipynb #13674b9a
+def _is_plain(layer, names) -> bool:
+    "Do these adapters of a layer do nothing but add their product to its result?"
+    usual = not (layer.disable_adapters or layer.merged or layer.lora_variant)
+    return usual and all(type(layer.lora_dropout[n]) is torch.nn.Identity and not layer.lora_bias[n] for n in names)
+
+
+def _forward(layer, x, *args, **kwargs):
+    "A and B are rounded to the type of the input, and their product is added to what the layer itself computes"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names or args or kwargs or x.dtype == torch.float32 or not _is_plain(layer, names):
+        return super(_half_linear(), layer).forward(x, *args, **kwargs)
+    rows = x.flatten(0, -2)
+    result = layer.base_layer(rows)
+    for name in names:
+        A, B = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
+        result.addmm_(F.linear(rows, A), B.T, alpha=layer.scaling[name])
+    return result.unflatten(0, x.shape[:-1])
+
+# %% ../nbs/03_lora.ipynb #c977a87a
+@cache
+def _half_linear() -> type:
+    "PEFT's linear layer, but for half precision"
+    from peft.tuners.lora.layer import Linear
+
+    return type("HalfLinear", (Linear,), {"forward": _forward, "__doc__": _forward.__doc__})
+
+
+def _compute_as_base(layer):
+    "Let a linear layer that carries LoRAs compute everything in the type of its input; other layers stay as they are"
+    if type(layer) is _half_linear().__base__ and type(layer.base_layer) is torch.nn.Linear:
+        layer.__class__ = _half_linear()
 
 # %% ../nbs/03_lora.ipynb #3e7ecbf7
 def _adapters(network):
@@ -88,13 +127,15 @@ def trainable_adapters(network) -> list:
 
 
 def switch_adapters(network, active, trainable):
-    "Let these adapters have an effect, and an optimiser change those"
+    "Let these adapters have an effect, and an optimiser change those, in float32"
     for layer in adapter_layers(network):
         layer.set_adapter(list(active))
         layer.enable_adapters(True)
+        _compute_as_base(layer)
     for name, weights in _adapters(network):
         for weight in weights:
             weight.requires_grad_(name in trainable)
+            weight.data = weight.data.float() if name in trainable else weight.data
 
 # %% ../nbs/03_lora.ipynb #9fb34d07
 @patch(as_prop=True)
@@ -153,17 +194,17 @@ def add_lora(
     seed: int = 0,  # of A's random start, N(0, 1/rank²); B is zero
 ) -> TrainablePipeline:  # itself
     "A fresh LoRA on the denoiser, in place of an earlier one, that changes nothing yet. A trainer brings its own."
+    from peft import LoraConfig
+
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1: the reference uses 4.")
     self._make_room()
-    active, alpha = active_adapters(self.denoiser), rank if alpha is None else alpha
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    active, settings = active_adapters(self.denoiser), dict(r=rank, lora_alpha=rank if alpha is None else alpha)
+    config = LoraConfig(**settings, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are others
-        torch.default_generator.manual_seed(seed)
+        warnings.simplefilter("ignore"), torch.default_generator.manual_seed(seed)  # there may be others
         self.denoiser.add_adapter(config, adapter_name="default")
     switch_adapters(self.denoiser, [*active, "default"], ["default"])
-    cast_training_params(self.denoiser, dtype=torch.float32)
     self._own_lora = self.denoiser.peft_config["default"]
     return self
 
@@ -271,8 +312,8 @@ def _frozen_weights(self: TrainablePipeline) -> dict:
             continue
         name = name.replace(f".{adapter[1]}", f".{underneath[adapter[1]]}") if adapter else name
         tensors[f"denoiser.{name.replace('.base_layer', '')}"] = tensor
-    for name, layer in self.denoiser.named_modules():
-        for adapter in underneath if isinstance(layer, BaseTunerLayer) else ():
+    for name, layer in _named_layers(self.denoiser).items():
+        for adapter in underneath:
             scale = getattr(layer, "scaling", {}).get(adapter, 0.0)
             tensors[f"denoiser.{name}.scale.{underneath[adapter]}"] = torch.tensor([scale])
     return tensors
@@ -290,7 +331,7 @@ def fingerprint(self: TrainablePipeline) -> str:  # hexadecimal
 def _check_loaded(self: TrainablePipeline, rank, alpha):
     "Raise `ValueError` where the loaded LoRA is none that a run with these settings would have made"
     modules = dict(self.denoiser.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, BaseTunerLayer) and "default" in m.r}
+    layers = {name: layer for name, layer in _named_layers(self.denoiser).items() if "default" in layer.r}
     wanted = {name for name in modules if any(name == end or name.endswith(f".{end}") for end in _targets)}
     ranks = sorted({layer.r["default"] for layer in layers.values()})
     alphas = sorted({layer.scaling["default"] * layer.r["default"] for layer in layers.values()})
@@ -322,7 +363,6 @@ def prepare_training(
         self._check_loaded(rank, alpha)
         others = [name for name in active_adapters(self.denoiser) if name != "default"]
         switch_adapters(self.denoiser, [*others, "default"], ["default"])
-        cast_training_params(self.denoiser, dtype=torch.float32)
         if self._loaded_lora is None:
             self._loaded_lora = self.lora_state()
         else:  # an earlier run has started from it, too

@@ -14,13 +14,11 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
-from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from fastcore.basics import patch
-from peft import LoraConfig, PeftConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from .hub import check_weight_files, explained, first_line, load_tensors, quiet_loading
 from .lora import TrainablePipeline, active_adapters, adapter_layers, switch_adapters, trainable_adapters
@@ -54,7 +52,7 @@ def save_lora(
     config = self.denoiser.peft_config["default"].to_dict()
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     own = {name: weight for name, weight in self.denoiser.named_parameters() if "default" in name.split(".")}
-    layers = get_peft_model_state_dict(self.denoiser, own)
+    layers = resolve_name("peft.utils:get_peft_model_state_dict")(self.denoiser, own)  # PEFT is slow to import
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
         type(self.pipeline).save_lora_weights(
             unfinished, **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": config}
@@ -126,6 +124,8 @@ def _read_diffusers_lora(self: TrainablePipeline, file):
 @patch
 def _read_peft_lora(self: TrainablePipeline, file):
     "The same from a folder that `PeftModel.save_pretrained` has written"
+    from peft import LoraConfig, PeftConfig
+
     with explained(file.parent):
         config = PeftConfig.from_pretrained(str(file.parent))
     if not isinstance(config, LoraConfig):
@@ -206,10 +206,18 @@ def load_lora(
     except Exception as error:
         raise ValueError(f"The LoRA at {str(file)!r} cannot be loaded: {first_line(error)}") from error
     switch_adapters(network, [*active, name], [*trainable, name])
-    cast_training_params(network, dtype=torch.float32)
-    set_peft_model_state_dict(network, weights, name)  # once more: half precision had them rounded
+    resolve_name("peft.utils:set_peft_model_state_dict")(network, weights, name)  # half precision rounded them
     _scale_adapter(network, name, scale)
+    vars(self).setdefault("_places", {})[name] = {"place": os.path.expanduser(folder_or_file), "scale": scale}
     return self
+
+# %% ../nbs/06_lora_files.ipynb #d7a0ff7f
+@patch(as_prop=True)
+def underneath(self: TrainablePipeline) -> dict:  # name -> its place, None where diffusers loaded it, and scale
+    "The LoRAs that are not trained: they are loaded first wherever the trained one is used"
+    unknown, places = {"place": None, "scale": 1.0}, getattr(self, "_places", {})
+    names = getattr(self.denoiser, "peft_config", {})
+    return {name: places.get(name, unknown) for name in names if name != "default"}
 
 # %% ../nbs/06_lora_files.ipynb #d864994d
 @patch

@@ -1,4 +1,4 @@
-"""The losses: what a pair of denoising steps should teach, for SDPO and for the methods it is compared with.
+"""The losses: what a pair of denoising steps should teach, for SDPO and for the methods that it is compared with.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/objectives.html.md"""
 
@@ -217,7 +217,7 @@ def gaussian_kl(
 ) -> torch.Tensor:  # `[B]`, mean over the other dimensions
     "KL divergence of Gaussians of equal standard deviation, per latent dimension; ValueError unless std is positive."
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
-    if not (std > 0).all():
+    if std.device.type == "cpu" and not (std > 0).all():  # looking at numbers on a GPU would make the host wait
         raise ValueError(
             f"std is {std.min().item()} somewhere, where the step is deterministic and has no density; "
             "leave that step out"
@@ -243,10 +243,12 @@ class Objective:
 
 # %% ../nbs/19_objectives.ipynb #a3101438
 objectives = {  # name -> Objective
-    "reward_difference": Objective(reward_difference_loss),  # SDPO
-    "ppo_clip": Objective(ppo_clip_loss, pairs=False, limit="ratio"),  # DDPO
+    "reward_difference": Objective(reward_difference_loss, options=("advantage_clip",)),  # SDPO
+    "ppo_clip": Objective(ppo_clip_loss, pairs=False, options=("advantage_clip",), limit="ratio"),  # DDPO
     "preference": Objective(preference_loss, reference=True, options=("beta",), limit="ratio", clip_below=1.0),  # D3PO
-    "trajectory_difference": Objective(trajectory_difference_loss, trajectories=True),  # PRDP; REBEL with clip_range=0
+    "trajectory_difference": Objective(
+        trajectory_difference_loss, trajectories=True, options=("advantage_clip",)
+    ),  # PRDP; REBEL with clip_range=0
 }
 
 # %% ../nbs/19_objectives.ipynb #be853afb

@@ -1,4 +1,4 @@
-"""Which of two predicted pictures is better? A model that is told their timestep, and taught by comparisons alone.
+"""Which of two predicted pictures is better? A model that is told their timestep, and trained on comparisons only.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/preference.html.md"""
 
@@ -104,7 +104,7 @@ class StepModulation(nn.Module):
 
 # %% ../nbs/40_preference.ipynb #bb12189a
 def _unit(x):  # `[...,D]`
-    "Each vector divided by its length, by the very operations of transformers' CLIP"
+    "Each vector divided by its length, with the operations of transformers' CLIP"
     return x / x.square().sum(-1, keepdim=True) ** 0.5
 
 
@@ -146,7 +146,7 @@ class StepAwarePreference(nn.Module):
         return _unit(self.clip.text_projection(pooled))
 
     def embed_captions(self, prompts):  # list of B texts; `[B,projection]`
-        "Each caption once: in training once a batch, later once for good, and alone: no batch changes the last bits"
+        "Each caption once (in training once a batch), and alone, so that no batch changes the last bits"
         if self.training:
             unique = sorted(set(prompts))
             return self.embed_text(unique)[[unique.index(prompt) for prompt in prompts]]
@@ -209,7 +209,7 @@ def predicted_pictures(
     steps: torch.Tensor,  # LongTensor `[B]`, of the sampler
     embedding,  # `PromptEmbedding` of B
 ) -> torch.Tensor:  # `[B,3,h,w]` in [0,1]
-    "What the policy would predict, had it come by these noisy latents"
+    "Pictures of the clean samples that the policy predicts from these noisy latents"
     noisy = sampler.add_noise(clean, noise.to(clean), steps)
     output = policy.predict(noisy, sampler.timesteps[steps], embedding)
     return policy.decode(sampler.predict(output, noisy, steps)[0])
@@ -250,7 +250,7 @@ def make_preference_pairs(
     levels: int = 1000,  # noise levels to draw from: steps that a sampler of this policy can have
     seed: int = 0,  # of everything
 ) -> PreferencePairs:
-    "Comparisons made by the world itself, at random timesteps; raises ValueError where no two pictures can be compared"
+    "Comparisons labelled by the reward, at random timesteps; raises ValueError where no two pictures can be compared"
     generator, sampler = torch.Generator().manual_seed(seed), policy.sampler(levels)
     latents, rewards = _painted(policy, get_reward(reward), prompts, pictures, num_steps, generator)
     which = torch.randint(len(prompts), (num_pairs,), generator=generator)
@@ -320,7 +320,7 @@ _asker = "reward 'step-aware preference', "  # how a sentence about a file begin
 
 
 def save_preference(model: StepAwarePreference, folder: Path) -> Path:  # trained; made where missing
-    "Write a CLIP folder as transformers knows it, and one more file"
+    "Write a CLIP folder in transformers' layout, and one more file"
     folder = Path(folder)
     with quiet_loading():
         model.clip.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""SDPO and its baselines differ in seven kinds of choices. A recipe writes them down; one loop runs them all.
+"""SDPO and its baselines differ in seven kinds of choices. A recipe lists them; one training loop runs them all.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/recipes.html.md"""
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 class Recipe:
     "A method as data: each field names a choice that some other module knows how to carry out"
 
+    num_steps: int | tuple = 10  # T while training; of several, one is drawn for each epoch
     sampling: str = "pair"  # "single", "pair" (two trajectories from one initial noise) or "independent_pair"
     # which pictures are scored: "final" (the finished sample), or predicted clean samples: "terminal", 3, 5, "all"
     queries: int | str = 3
@@ -38,12 +39,15 @@ _of_final_sample = Recipe(queries="final", credit="causal", gamma=1.0, order="st
 recipes = {  # name -> Recipe
     "sdpo": Recipe(train_last_step=False, log_ratio_scale="per_step"),
     "sdpo_gain": Recipe(credit="gain", train_last_step=False, log_ratio_scale="per_step"),
+    "sdpo_mixed": Recipe(num_steps=(2, 3, 4, 10), train_last_step=False, log_ratio_scale="per_step"),
     "sdpo_reference": Recipe(anchor="all", prev_timestep="reference", clip_range=1e-4),
     "ddpo": replace(_of_final_sample, sampling="single", normalizer="prompt", loss="ppo_clip"),
     "d3po": replace(_of_final_sample, normalizer="none", loss="preference", clip_range=0.1),
     "prdp": replace(_of_final_sample, sampling="independent_pair", normalizer="prompt", loss="trajectory_difference"),
 }
 recipes["rebel"] = replace(recipes["prdp"], clip_range=0.0)
+# several actions from one state, and their own rewards: `sdpo_nb.branch`
+recipes["sdpo_branch"] = replace(recipes["sdpo"], num_steps=4, settings="BranchConfig")
 # sampling and comparing: `sdpo_nb.spo`
 recipes["spo"] = replace(recipes["d3po"], beta=10.0, settings="SPOConfig")
 # no policy gradient at all: `sdpo_nb.lasro`

@@ -18,9 +18,11 @@ import numpy as np
 import yaml
 from huggingface_hub import hf_hub_url
 
+from .config import step_counts
 from .evaluate import comparison_columns, comparison_table, comparison_title, format_number
 from .figures import png_bytes, step_curves, training_curves
 from .files import atomic_write, read_json, read_jsonl
+from .pipelines import pipeline_class
 
 # %% ../nbs/32_report.ipynb #9fd81802
 _captions = {
@@ -208,26 +210,52 @@ def _card_results(folder):
         f"{_literal(comparison_title(part))}:\n\n{_markdown_table(comparison_columns(part))}" for part in parts
     )
 
+# %% ../nbs/32_report.ipynb #78fe00b4
+def _pipeline_code(policy):
+    "Class and call that load a policy in plain diffusers; a single file names its class itself"
+    if policy == "tiny":
+        return "AutoPipelineForText2Image", 'from_pretrained(policy_folder("tiny"))'
+    if not policy.endswith(".safetensors"):
+        return "AutoPipelineForText2Image", f"from_pretrained({policy!r})"
+    file = Path(policy).expanduser()
+    with_configuration = (file.parent / "model_index.json").is_file()
+    config = f", config={str(file.parent)!r}" if with_configuration else ""
+    name = pipeline_class(str(file)) if file.is_file() else "StableDiffusionPipeline"
+    return name, f"from_single_file({policy!r}{config})"
+
+# %% ../nbs/32_report.ipynb #2d947270
+def _lora_code(lora, comment, underneath):
+    "The lines that load a LoRA, and before it those that it was trained on top of"
+    if not underneath:
+        return [f'pipe.load_lora_weights("{lora}"){comment}']
+    lines, scales = [], [*(known["scale"] for known in underneath.values()), 1.0]
+    for name, known in underneath.items():
+        place = repr(known["place"] or f"where {name} is")
+        lines.append(f"pipe.load_lora_weights({place}, adapter_name={name!r})   # it lay underneath")
+    lines.append(f'pipe.load_lora_weights("{lora}", adapter_name="trained"){comment}')
+    return [*lines, f"pipe.set_adapters({[*underneath, 'trained']}, {scales})"]
+
 # %% ../nbs/32_report.ipynb #c8108c31
 def loading_code(
     policy: str,  # of the configuration
-    num_steps: int,  # of the configuration
+    num_steps,  # of the configuration: a number or several, of which the largest counts
     guidance_scale: float = 0.0,  # of the configuration
     lora: str = "lora",  # where it is: the run's folder, or a hub id
     whole: str = None,  # the class of a whole denoiser; None for a LoRA
+    underneath: dict = None,  # LoRAs to be loaded first, see `policy.underneath`
 ) -> str:
     "How to use the LoRA, or the denoiser, as Python"
-    imports = ["from diffusers import AutoPipelineForText2Image" + (f", {whole}" if whole else "")]
-    source, here = repr(policy), lora == "lora"
+    pipeline, load = _pipeline_code(policy)
+    imports = [f"from diffusers import {pipeline}" + (f", {whole}" if whole else "")]
     if policy == "tiny":  # it comes with the package
-        source, imports = 'policy_folder("tiny")', [*imports, "from sdpo_nb.models import policy_folder"]
-    lines = [*imports, "", f"pipe = AutoPipelineForText2Image.from_pretrained({source})"]
+        imports.append("from sdpo_nb.models import policy_folder")
+    lines, here = [*imports, "", f"pipe = {pipeline}.{load}"], lora == "lora"
     if whole:
         part, place = "unet" if "UNet" in whole else "transformer", '"unet"' if here else f'"{lora}", subfolder="unet"'
         lines.append(f"pipe.{part} = {whole}.from_pretrained({place})")
     else:
-        lines.append(f'pipe.load_lora_weights("{lora}")' + "   # this folder's lora/" * here)
-    options = f"num_inference_steps={num_steps}, guidance_scale={float(guidance_scale)}"
+        lines += _lora_code(lora, "   # this folder's lora/" * here, underneath or {})
+    options = f"num_inference_steps={max(step_counts(num_steps))}, guidance_scale={float(guidance_scale)}"
     return "\n".join([*lines, f'image = pipe("a prompt", {options}).images[0]'])
 
 # %% ../nbs/32_report.ipynb #bcb8547f
@@ -333,7 +361,7 @@ def model_card(
         **{f"{name}_code": _code(config[name]) for name in ("policy", "reward")},
         header=_card_header(policy, licence),
         subject="The denoiser" if whole else "A LoRA for the denoiser",
-        code=loading_code(*use),
+        code=loading_code(*use, config.get("underneath")),
         results=_card_results(folder),
         details=_card_details(config),
         bound=f"({_code(str(licence_name))})"
@@ -348,8 +376,8 @@ def run_summary(
     "The last words of a run"
     folder = Path(run_folder)
     table = comparison_table(read_json(folder / "evaluation.json")) if (folder / "evaluation.json").is_file() else ""
-    places = {"run folder": folder, "report": folder / "report.html", "LoRA": folder / "lora", "UNet": folder / "unet"}
-    found = [f"{name:<12}{place}" for name, place in places.items() if place.exists()]
+    places = {"run folder": "", "LoRA": "lora", "UNet": "unet", "pictures": "pictures", "look at": "report.html"}
+    found = [f"{name:<12}{folder / place}" for name, place in places.items() if (folder / place).exists()]
     return "\n".join([*([table, ""] if table else []), *found])
 
 # %% ../nbs/32_report.ipynb #ea958557

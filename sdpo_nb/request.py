@@ -32,6 +32,7 @@ def _yaml_fields(
 
 # %% ../nbs/27_request.ipynb #f3dafc0e
 _methods = {
+    "sdpo_branch": "sdpo_nb.branch:Branch",
     "spo": "sdpo_nb.spo:SPO",
     "lasro": "sdpo_nb.lasro:LaSRO",
 }  # recipe -> its module, and its classes' first word
@@ -149,7 +150,8 @@ def training_config(
     elif not resume and file is None:
         others = "--config with a YAML file, or --resume with the folder of a run"
         raise ValueError(f"PRESET is missing; give one of {', '.join(presets)}, {others}.")
-    config = resolve(_resumed_config(given) if resume else preset_config(preset or "tiny", kind, **given))
+    started = _resumed_config(given) if resume else preset_config(preset, kind, **given) if preset else kind(**given)
+    config = resolve(started)
     if resume and "reward" not in flags:
         check_reward_files(config.reward, read_json(Path(resume) / "config.json").get("reward_files") or {})
     from sdpo_nb.prompts import load_prompts

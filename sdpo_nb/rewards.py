@@ -19,12 +19,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from .calls import OutOfTime, as_numbers, error_place, fingerprint, is_reference, load_function
 from .calls import names_in, own_frames, read_sum, remember, within_time
 from .hub import quiet_loading
-from .shapes import assets, image_size, load_network
+from .shapes import assets, foreground, load_network, world_sized
 
 # %% ../nbs/15_rewards.ipynb #3e1efa4e
 @runtime_checkable
@@ -366,6 +365,18 @@ def warmth(
     red, _, blue = images.float().mean((2, 3)).unbind(1)
     return red - blue
 
+# %% ../nbs/15_rewards.ipynb #53f06f3a
+@register_reward("shapes_size")
+def _shapes_size(images, prompts):  # float32 `[B]`, 0 to 10
+    "Ten times the share of the picture that is foreground; the prompts are ignored."
+    return 10 * foreground(images).mean((1, 2))
+
+
+@register_reward("shapes_warmth")
+def _shapes_warmth(images, prompts):  # float32 `[B]`, -10 to 10
+    "Ten times the mean of red minus blue, where only the foreground counts; the prompts are ignored."
+    return 10 * ((images[:, 0] - images[:, 2]).float() * foreground(images)).mean((1, 2))
+
 # %% ../nbs/15_rewards.ipynb #71401cb3
 def load_text_encoder() -> tuple:  # tokenizer, frozen text encoder
     "The embedded pipeline's. Raises `FileNotFoundError` or `OSError` where one is missing or damaged."
@@ -373,6 +384,8 @@ def load_text_encoder() -> tuple:  # tokenizer, frozen text encoder
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"The embedded pipeline's {folder.name} is missing at {folder}: reinstall sdpo_nb.")
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     try:
         with quiet_loading():
             tokenizer = CLIPTokenizer.from_pretrained(folders[0], local_files_only=True)
@@ -383,16 +396,6 @@ def load_text_encoder() -> tuple:  # tokenizer, frozen text encoder
         problem = f"text encoder in {assets / 'tiny'} is damaged ({str(error).splitlines()[0]})"
         raise OSError(f"The embedded pipeline's {problem}: reinstall sdpo_nb.") from error
     return tokenizer, encoder.float().requires_grad_(False).eval()
-
-# %% ../nbs/15_rewards.ipynb #74375046
-def _world_sized(
-    images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
-) -> torch.Tensor:  # float32 `[B,3,32,32]`
-    "Squeeze pictures of other sizes to the 32 by 32 pixels of the shapes world, anti-aliased."
-    if images.shape[-2:] == (image_size, image_size):
-        return images.float()
-    squeezed = nn.functional.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
-    return squeezed.clamp(0, 1)
 
 # %% ../nbs/15_rewards.ipynb #c0aed5a0
 @register_reward("shapes_aesthetic")
@@ -405,7 +408,7 @@ class _ShapesAesthetic:
         self.model = load_network("aesthetic")
 
     def __call__(self, images, prompts):
-        return self.model.to(images.device)(_world_sized(images))
+        return self.model.to(images.device)(world_sized(images))
 
 # %% ../nbs/15_rewards.ipynb #9bbff8dc
 @register_reward("shapes_alignment")
@@ -419,9 +422,7 @@ class _ShapesAlignment:
         self.tokenizer, self.text_encoder = load_text_encoder()
 
     @torch.no_grad()
-    def _embed(
-        self, caption
-    ):  # `[64]`; one by one, as the last bits depend on the batch, and a resumed run meets others
+    def _embed(self, caption):  # `[64]`; one by one: the last bits depend on the batch, and a resumed run meets others
         if not caption:
             return torch.zeros(64)
         tokens = self.tokenizer([caption], padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -433,7 +434,7 @@ class _ShapesAlignment:
 
     def __call__(self, images, prompts):
         captions = self.embed_captions(prompts).to(images.device)
-        return 10 * (self.model.to(images.device).embed_images(_world_sized(images)) * captions).sum(1)
+        return 10 * (self.model.to(images.device).embed_images(world_sized(images)) * captions).sum(1)
 
 # %% ../nbs/15_rewards.ipynb #619d7476
 def _large_reward(name):

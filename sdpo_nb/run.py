@@ -1,4 +1,4 @@
-"""What the training runs of all methods share: a folder that can always be resumed, an optimiser that survives bad gradients, and hooks for whatever watches.
+"""What the training runs of all methods share: a folder that can always be resumed, an optimiser that survives bad gradients, and hooks for code that watches.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/run.html.md"""
 
@@ -67,12 +67,13 @@ class Run:
         watching = resolve_name("sdpo_nb.callbacks:default_callbacks")() if callbacks is None else callbacks
         self.callbacks = resolve_name("sdpo_nb.callbacks:with_configured")(self.config, watching)
         self.folder = Path(self.config.resume or self.config.output_dir)
-        # an unpaired recipe draws twice as many trajectories, one by one
-        self.groups_per_pair = 2 if getattr(self.config, "sampling", "pair") == "single" else 1
+        self.groups_per_pair = self.config.groups_per_pair
         self.groups_per_epoch = self.groups_per_pair * self.config.pairs_per_epoch
         counted = ("epoch", "samples", "reward_queries", "optimizer_steps", "skipped_updates", "skipped_in_a_row")
         self.counts = dict.fromkeys(counted, 0) | dict(best_reward=None, stale_epochs=0)
         self.seconds, self.policy.guidance_scale = {}, self.config.guidance_scale
+        if self.config.size is not None:
+            self.policy.size = self.config.size
         identity = {"reward": reward_fingerprint(self.reward)}  # before its first call: some count their calls
         self.reward_given_anew = False  # True: a resumed run may go on with another reward of the same name
         _check_precision(self.policy, self.config)
@@ -121,7 +122,7 @@ def setup_optimizer(self: Run):
     self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[waiting], **places)
     check_processes(c, self.accelerator.num_processes)
     if self.accelerator.num_processes > 1:
-        policy.pipeline.to(self.accelerator.device)
+        policy.place(policy.pipeline, self.accelerator.device)
     prepare_sharding(self.accelerator, policy.denoiser, policy.name)
     self.reward_vae = None if c.reward_vae is None else load_small_vae(c.reward_vae, policy)
     switch = "enable" if c.gradient_checkpointing else "disable"
@@ -201,7 +202,7 @@ def optimizer_step(self: Run) -> float:  # norm of the gradient before clipping
     return norm
 
 # %% ../nbs/25_run.ipynb #1c1f7ccf
-_checkpoint_format = "sdpo_nb checkpoint 2"
+_checkpoint_format = "sdpo_nb checkpoint 3"
 
 
 @patch
@@ -327,6 +328,7 @@ def open_folder(self: Run):
             clear_run(self.folder)
         written = {**asdict(self.config), "output_dir": str(self.folder), "resume": None, "versions": versions()}
         written["reward_files"] = reward_files(self.reward)
+        written["underneath"] = self.policy.underneath  # LoRAs that someone who loads the result has to load first
         write_json(self.folder / "config.json", written)
         write_jsonl(self.folder / "metrics.jsonl", kept)
     self.save_checkpoint()

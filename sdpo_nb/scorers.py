@@ -1,4 +1,4 @@
-"""Aesthetic, ImageReward, HPSv2, PickScore, CLIPScore by transformers alone: scale, cost, and how each can be fooled.
+"""Aesthetic, ImageReward, HPSv2, PickScore and CLIPScore with transformers alone: scale, cost, and what each cannot see.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/scorers.html.md"""
 

@@ -6,8 +6,8 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/shapes.html.md"""
 
 # %% auto #0
 __all__ = ['shapes', 'colors', 'backgrounds', 'image_size', 'assets', 'networks', 'Scenes', 'scenes_from_uniform',
-           'random_scenes', 'signed_distances', 'render', 'caption', 'parse_caption', 'all_captions', 'Oracle',
-           'AestheticModel', 'AlignmentModel', 'load_network']
+           'random_scenes', 'signed_distances', 'render', 'foreground', 'caption', 'parse_caption', 'all_captions',
+           'Oracle', 'AestheticModel', 'AlignmentModel', 'load_network', 'world_sized']
 
 # %% ../nbs/10_shapes.ipynb #0edd6e30
 import math
@@ -63,7 +63,7 @@ class Scenes:
 
 # %% ../nbs/10_shapes.ipynb #12a9100c
 def _check_uniform(u):
-    "Numbers outside the cube would pick an option from the wrong end of its list, quietly"
+    "Raise ValueError unless `u` is `[B,9]` with numbers from 0 to 1: others would silently select a wrong option"
     if u.ndim != 2 or u.shape[1] != 9:
         raise ValueError(f"u has shape {list(u.shape)}; give [B,9], one column for each attribute of a scene.")
     if not ((u >= 0) & (u <= 1)).all():
@@ -73,7 +73,7 @@ def _check_uniform(u):
 def scenes_from_uniform(
     u: torch.Tensor,  # `[B,9]` in [0,1): one column an attribute, in the order of `Scenes`
 ) -> Scenes:
-    "A point in the unit cube as a scene: names by equal bins, the rest by linear ranges; raises ValueError outside it"
+    "Map points of the unit cube to scenes: equal bins for names, linear ranges for the rest; ValueError outside it"
     _check_uniform(u)
 
     def pick(column, options):
@@ -91,7 +91,7 @@ def random_scenes(
     n: int,  # how many
     generator: torch.Generator = None,  # source of randomness
 ) -> Scenes:
-    "Scenes drawn uniformly; raises ValueError for a number that cannot be"
+    "Scenes drawn uniformly; raises ValueError unless `n` is a whole number of at least 0"
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n is {n!r}; give a whole number of scenes, 0 or more.")
     return scenes_from_uniform(torch.rand(n, 9, generator=generator))
@@ -139,9 +139,18 @@ def render(
     back = (torch.tensor(list(backgrounds.values()))[scenes.background] + scenes.light[:, None]).clamp(0, 1)
     return cover * paint[:, :, None, None] + (1 - cover) * back[:, :, None, None]
 
+# %% ../nbs/10_shapes.ipynb #afc7e095
+def foreground(
+    images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
+) -> torch.Tensor:  # `[B,H,W]`, 0 background to 1 foreground
+    "What differs from the median colour of the border: by 0.1 not yet, by 0.3 entirely"
+    border = torch.cat([images[:, :, [0, -1]].flatten(2), images[:, :, :, [0, -1]].flatten(2)], 2).float()
+    background = border.median(2).values[:, :, None, None]
+    return ((images - background).abs().amax(1) * 5 - 0.5).clamp(0, 1)
+
 # %% ../nbs/10_shapes.ipynb #2efacb25
 def _check_names(**named):
-    "One sentence for a word that this world does not have"
+    "Raise ValueError for a word that this world does not have"
     for (attribute, name), options in zip(named.items(), (shapes, colors, backgrounds)):
         if name is not None and name not in options:
             raise ValueError(f"{attribute} is {name!r}; choose one of {', '.join(options)}, or None.")
@@ -152,7 +161,7 @@ def caption(
     color: str = None,  # one of `colors`, or None
     background: str = None,  # one of `backgrounds`, or None
 ) -> str:
-    "The caption that names these attributes, empty where none is named; raises ValueError for what cannot be said"
+    "The caption that names these attributes, empty where none is named; raises ValueError for unknown words"
     _check_names(shape=shape, color=color, background=background)
     if shape is None and (color or background):
         raise ValueError(
@@ -166,7 +175,7 @@ def caption(
 def parse_caption(
     prompt: str,  # any text
 ) -> dict:  # attribute -> index, for those that the text names; of several the last
-    "Which attributes a text names; words of other worlds are passed over"
+    "Which attributes a text names; other words are ignored"
     words = prompt.lower().split()
     named = {"shape": list(shapes), "color": list(colors), "background": list(backgrounds)}
     return {attribute: names.index(word) for attribute, names in named.items() for word in words if word in names}
@@ -219,7 +228,7 @@ class Oracle(nn.Module):
 
 # %% ../nbs/10_shapes.ipynb #6a530d79
 class AestheticModel(nn.Module):
-    "A learned taste: `[B,3,32,32]` in [0,1] to a score of about 0 to 10, `[B]`"
+    "The learned aesthetic score: `[B,3,32,32]` in [0,1] to a score of about 0 to 10, `[B]`"
 
     def __init__(self, width=16):
         super().__init__()
@@ -271,3 +280,13 @@ def load_network(
         problem = f"damaged or of another version ({str(error).splitlines()[0]})"
         raise OSError(f"The weights of the {name} network in {file} are {problem}: reinstall sdpo_nb.") from error
     return model.float().requires_grad_(False).eval()
+
+# %% ../nbs/10_shapes.ipynb #c25b150a
+def world_sized(
+    images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
+) -> torch.Tensor:  # float32 `[B,3,32,32]`
+    "Squeeze pictures of other sizes to the 32 by 32 pixels of the shapes world, anti-aliased."
+    if images.shape[-2:] == (image_size, image_size):
+        return images.float()
+    squeezed = F.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
+    return squeezed.clamp(0, 1)

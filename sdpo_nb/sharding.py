@@ -1,4 +1,4 @@
-"""Which process this is, what a launcher has asked for, and a network that is split among GPUs and put together again.
+"""Which process this is, what a launcher has asked for, and a network that is divided among GPUs and put together again.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/sharding.html.md"""
 

@@ -1,4 +1,4 @@
-"""A black-box reward has no gradient. A network that learns its verdicts from comparisons of clean latents does.
+"""A black-box reward has no gradient. A network that learns to order samples as the reward does has one.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/surrogate.html.md"""
 
@@ -20,28 +20,40 @@ from .preference import bradley_terry_loss
 
 # %% ../nbs/42_surrogate.ipynb #56cf7549
 def copy_encoder(
-    unet,  # of a diffusers pipeline, with or without a LoRA
-) -> nn.Module:  # float32; called as the UNet is, it answers with the features of its middle block
-    "The down and middle blocks of a UNet with copies of its weights, without LoRA. Raises ValueError without blocks"
-    if not hasattr(unet, "mid_block") or not hasattr(unet, "up_blocks"):
-        kind = type(unet).__name__
-        raise ValueError(f"The surrogate is the encoder of a UNet, and this policy has a {kind}; use another recipe.")
-    with torch.device("meta"):
-        encoder = type(unet).from_config(unet.config)  # no memory yet: most of it is thrown away
-    encoder.up_blocks, encoder.conv_norm_out, encoder.conv_out = nn.ModuleList(), None, nn.Identity()
-    state = unet.state_dict().items()
+    network,  # the UNet or transformer of a diffusers pipeline, with or without a LoRA
+) -> nn.Module:  # float32; called as the network is, it answers with the features of its middle
+    "The first half of a network with copies of its weights, without LoRA. Raises ValueError without blocks"
+    with torch.device("meta"):  # no memory yet: most of it is thrown away
+        encoder = type(network).from_config(network.config) if hasattr(network, "config") else network
+    if hasattr(encoder, "mid_block") and hasattr(encoder, "up_blocks"):
+        encoder.up_blocks, encoder.conv_norm_out, encoder.conv_out = nn.ModuleList(), None, nn.Identity()
+    elif stacks := [part for part in encoder.children() if isinstance(part, nn.ModuleList)]:
+        for stack in stacks:
+            del stack[(len(stack) + 1) // 2 :]
+    else:
+        raise ValueError(f"The surrogate is half of a network, and a {type(network).__name__} has no blocks.")
+    state = network.state_dict().items()
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
     copies = {name: weights[name].detach().to(torch.float32, copy=True) for name in encoder.state_dict()}
     encoder.load_state_dict(copies, assign=True)
     return encoder.eval()
 
 # %% ../nbs/42_surrogate.ipynb #7d51e0bb
+def _wide(value):
+    "Whatever a network is called with, in float32"
+    if isinstance(value, dict):
+        return {name: _wide(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_wide(item) for item in value)
+    return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 class LatentReward(nn.Module):
-    "The surrogate: a UNet's encoder reads clean latents and the prompt, a small head (its shape is ours) scores them"
+    "The surrogate: half of a network reads clean latents and the prompt, a small head (its shape is ours) scores them"
 
     def __init__(
         self,
-        policy,  # whose UNet lends its weights and whose prompts are understood
+        policy,  # whose network lends its weights and whose prompts are understood
         learns: str = "encoder",  # "encoder" (with the head) or "head"
         timestep: int = 0,  # that the encoder is told; our choice: clean latents are what it saw there
         seed: int = 0,  # of the head
@@ -49,13 +61,16 @@ class LatentReward(nn.Module):
         super().__init__()
         choose("surrogate_learns", learns, ("encoder", "head"))
         self.policy, self.learns, self.timestep = policy, learns, timestep
-        self.encoder, width = copy_encoder(policy.denoiser), policy.denoiser.config.block_out_channels[-1]
+        self.encoder, self.is_unet = copy_encoder(policy.denoiser), hasattr(policy.denoiser, "mid_block")
+        width = policy.denoiser.config.block_out_channels[-1] if self.is_unet else policy.latent_shape[0]
+        inner = width // 2 if self.is_unet else 64
+        self.encoder.register_forward_pre_hook(lambda module, given, named: _wide((given, named)), with_kwargs=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.features = nn.Sequential(
-                nn.GroupNorm(math.gcd(width, 8), width), nn.Conv2d(width, width // 2, 3, padding=1), nn.SiLU()
+                nn.GroupNorm(math.gcd(width, 8), width), nn.Conv2d(width, inner, 3, padding=1), nn.SiLU()
             )
-            self.score = nn.Linear(width // 2, 1)
+            self.score = nn.Linear(inner, 1)
         self.to(policy.device).learning(True)
 
     def learning(self, on: bool) -> nn.Module:  # False while a generator is trained against it
@@ -75,14 +90,18 @@ class LatentReward(nn.Module):
         self.load_state_dict({**self.state_dict(), **state})
 
     def conditions(self, embedding):  # `PromptEmbedding`; keyword arguments of the encoder
-        "The prompt as this family of UNets is told about it, in float32"
+        "The prompt as this family of networks is told about it, in float32"
+        return _wide(self.policy.conditioning(embedding))
 
-        def wide(value):
-            if isinstance(value, dict):
-                return {name: wide(item) for name, item in value.items()}
-            return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-
-        return wide(self.policy.conditioning(embedding))
+    def read(self, latents, embedding):
+        "What the encoder makes of latents and prompts; a transformer is called as the policy calls its own"
+        if self.is_unet:
+            return self.encoder(latents.float(), self.timestep, **self.conditions(embedding), return_dict=False)[0]
+        own, self.policy.forward_module = self.policy.forward_module, self.encoder
+        try:
+            return self.policy.denoise(latents.float(), self.timestep, embedding)
+        finally:
+            self.policy.forward_module = own
 
     def forward(
         self,
@@ -91,8 +110,7 @@ class LatentReward(nn.Module):
     ) -> torch.Tensor:  # `[B]` float32; only differences within a prompt mean something: they are log-odds
         "Scores. In float32, or bfloat16 with the policy; never in float16, where its gradient would need a loss scale"
         with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.policy.dtype == torch.bfloat16):
-            features = self.encoder(latents.float(), self.timestep, **self.conditions(embedding), return_dict=False)[0]
-            return self.score(self.features(features).mean((2, 3)))[:, 0].float()
+            return self.score(self.features(self.read(latents, embedding)).mean((2, 3)))[:, 0].float()
 
 # %% ../nbs/42_surrogate.ipynb #305b9790
 def score_outputs(
@@ -210,7 +228,7 @@ class RunningScale:
         scores: torch.Tensor,  # `[B,T]`
         recentre: bool = False,  # True: the mean is that of these scores alone, as after a refit, which may shift all
     ):
-        "Take note of scores after their use; an overflow is left out, as it would stay in the mean for good"
+        "Update the statistics by scores that were used; an overflow is left out, as it would stay in the mean"
         scores = scores.detach().cpu()
         scores = scores[scores.isfinite().all(1)]
         if not len(scores):
@@ -255,7 +273,7 @@ def gains_since(
     before: torch.Tensor,  # `[M,T]`
     prompts_before: list,  # M
 ) -> tuple:  # mean `[T]` and its standard error `[T]`, both in standard deviations of `before` within a prompt
-    "What was gained over earlier values of the same prompt; prompts count alike, those without earlier values do not"
+    "Mean gain over earlier values of the same prompt; prompts count alike, those without earlier values not"
     own, now = _prompt_means(before, prompts_before), _prompt_means(values, prompts)
     within = before - torch.stack([own[prompt] for prompt in prompts_before])
     unit = (within.square().sum(0) / max(1, len(within) - len(own))).sqrt().clamp(min=1e-6)
@@ -273,8 +291,8 @@ def note_claims(
     claimed: float,  # gain, by the surrogate
     accuracy: float,  # share of fresh pairs of the last output in order
     doubt: float,  # its standard error
-) -> bool:  # does the alarm ring?
-    "Has the truth fallen, or might the surrogate be a coin? What is NaN or infinitely uncertain proves nothing"
+) -> bool:  # is the alarm raised?
+    "Has the true gain fallen, or is the surrogate no better than chance? NaN and infinite errors raise no alarm"
     coin = accuracy - 2 * doubt <= 0.5 and math.isfinite(doubt)
     spread = 2 * math.hypot(error, counts["best_error"])
     fallen = true + spread < counts["best_true"] and claimed >= counts["best_claimed"]

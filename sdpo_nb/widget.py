@@ -1,4 +1,4 @@
-"""A widget for one trajectory at a time: prompt, seed, policy, number of steps and step; newer requests win.
+"""A widget for one trajectory at a time: choose prompt, seed, policy, number of steps and step. A new request replaces the one that is running.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/widget.html.md"""
 

@@ -1,4 +1,4 @@
-"""When two runs are the same."""
+"""When two runs, or two outputs of a network, are the same."""
 
 import torch
 
@@ -30,3 +30,13 @@ def same_learning(first, second, alone, untrained):
     assert all(torch.equal(first[name], second[name]) for name in first)
     moved = max((alone[name] - start).abs().max().item() for name, start in untrained.items())
     assert moved > 0 and max((first[name] - alone[name]).abs().max().item() for name in first) < 0.05 * moved
+
+
+def near(one, other):
+    "Are two outputs equal, up to the rounding of float32 in a network of this depth?"
+    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * other.abs().max())
+
+
+def apart(one, other):
+    "Do two outputs differ by more than rounding?"
+    return bool((one - other).abs().max() > 1e-3 * other.abs().max())

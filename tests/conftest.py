@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one process to a core
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("SDPO_NB_CACHE", "")  # every test evaluates for itself
 
 import pytest
 from filelock import FileLock
@@ -106,6 +107,29 @@ def random_folder(once):
 def pipeline(random_folder):
     "The folder of a random pipeline that predicts v"
     return random_folder(prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def folder(random_folder):
+    "The folder of a random pipeline that predicts the noise"
+    return random_folder()
+
+
+@pytest.fixture
+def policy(folder):
+    "Its policy"
+    from sdpo_nb.models import load_policy
+
+    return load_policy(folder, device="cpu")
+
+
+@pytest.fixture
+def predict(policy):
+    "predict(): its output at some state, or that of another one"
+    import torch
+
+    latents, embedding = torch.randn(3, *policy.latent_shape), policy.embed(["a red circle", "a blue cat", "a dog"])
+    return lambda other=None: (other or policy).predict(latents, 999, embedding)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ from sdpo_nb.evaluate import step_generalization
 from sdpo_nb.files import read_json, read_jsonl
 from sdpo_nb.mdp import random_states
 from sdpo_nb.models import load_policy
-from sdpo_nb.rewards import FunctionReward
+from sdpo_nb.rewards import FunctionReward, get_reward
 from sdpo_nb.run import newest_checkpoint
 from sdpo_nb.trainer import Trainer
 
@@ -149,8 +149,8 @@ def test_progress_in_a_terminal(run, monkeypatch):
     watch(ProgressCallback(), run)
     frames = screen.getvalue().split("\r")
     assert screen.getvalue().count("\n") == 1 and len(frames) > 3
-    assert re.search(r"training:\s+33%.* 1/3 \[\d+:\d+<.*, .*reward 0\.125\]", " ".join(frames))
-    assert "3/3" in frames[-1] and "reward 0.375" in frames[-1]
+    assert re.search(r"training:\s+33%.* 1/3 \[\d+:\d+<.*, .*reward 0\.125 ▁\]", " ".join(frames))
+    assert "3/3" in frames[-1] and "reward 0.375 ▁▅█" in frames[-1]
 
 
 def test_progress_in_a_file_is_a_line_an_epoch(run, capsys):
@@ -239,6 +239,60 @@ def test_an_evaluation_of_other_pairs_is_made_again(run, few_steps):
     again.before_train(run)
     assert again.before[False].prompts == ["a dog", "a fox", "a dog", "a fox", "a dog"]
     assert read_evaluations(path)[False].prompts == again.before[False].prompts
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    "A cache folder of the user's, not made yet"
+    monkeypatch.setenv("SDPO_NB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def begun(run, tmp_path, name):
+    "The evaluation before training of the same run in another folder, and whether it had to be made"
+    made, watcher, run.folder = [], EvaluationCallback(), tmp_path / name
+    run.folder.mkdir()
+    evaluate = watcher.evaluate
+    watcher.evaluate = lambda *arguments: made.append(1) or evaluate(*arguments)
+    watcher.before_train(run)
+    return watcher.before, bool(made)
+
+
+def test_the_evaluation_before_is_kept_for_the_next_run(run, few_steps, cache, tmp_path, capsys):
+    run.reward = get_reward("2*warmth-0.1*colorfulness")
+    (first, made), (again, made_again) = begun(run, tmp_path, "first"), begun(run, tmp_path, "again")
+    assert made and not made_again and "evaluation before: known already" in capsys.readouterr().out
+    for own in (False, True):
+        assert torch.equal(first[own].rewards, again[own].rewards) and first[own].steps == again[own].steps
+        assert (first[own].images - again[own].images).abs().max() < 0.01  # eight bits
+    assert read_evaluations(tmp_path / "again" / "evaluation_before.pt")[True].pairs == again[True].pairs
+    run.prompts = ["a dog", "a cat"]
+    assert begun(run, tmp_path, "others")[1]
+    (path,) = set(cache.glob("*")) - {module._users_copy(module._evaluation_key(run, EvaluationCallback().pairs(run)))}
+    path.write_bytes(path.read_bytes()[:100])
+    run.prompts = PROMPTS
+    assert begun(run, tmp_path, "damaged")[1] and not begun(run, tmp_path, "mended")[1]
+
+
+def test_a_reward_of_the_users_is_asked_every_time(run, few_steps, cache, tmp_path):
+    assert all(begun(run, tmp_path, name)[1] for name in ("first", "again"))
+    run.reward = get_reward(lambda images, prompts: redness(images, prompts))
+    assert begun(run, tmp_path, "lambda")[1] and not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(run, few_steps, cache, tmp_path, monkeypatch):
+    run.reward = get_reward("warmth")
+    cache.write_text("a file where the folder should be")
+    assert all(begun(run, tmp_path, name)[1] for name in ("first", "again"))
+    monkeypatch.setenv("SDPO_NB_CACHE", "")
+    assert begun(run, tmp_path, "nowhere")[1]
+
+
+def test_half_the_pairs_at_fifty_steps(run):
+    run.config = replace(run.config, eval_samples=256)
+    pairs = EvaluationCallback().pairs(run)
+    assert pairs[False] == {1: 256, 2: 256, 4: 256, 8: 256, 16: 256, 50: 128}
+    assert pairs[True] == {1: 64, 2: 64, 4: 64, 8: 64, 16: 64, 50: 32}
 
 
 def test_both_tables_speak_of_the_same_pairs(run, monkeypatch):
@@ -470,11 +524,8 @@ def test_a_prompt_may_hold_anything(pipeline, tmp_path, capsys, few_steps):
     assert r"\$\$ \| \<i> \`x\`" in (tmp_path / "run/README.md").read_text()
     assert len(list((tmp_path / "run/progress").glob("*.png"))) == 4
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == [
-        f"run folder  {tmp_path / 'run'}",
-        f"report      {tmp_path / 'run/report.html'}",
-        f"LoRA        {tmp_path / 'run/lora'}",
-    ]
+    names = {"run folder": "", "LoRA": "lora", "pictures": "pictures", "look at": "report.html"}
+    assert lines[-4:] == [f"{name:<12}{tmp_path / 'run' / place}" for name, place in names.items()]
 
 
 @pytest.mark.parametrize("settings", [dict(recipe="ddpo"), dict(num_steps=2, queries="terminal")], ids=str)

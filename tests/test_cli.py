@@ -221,6 +221,24 @@ def test_bad_evaluation_command(words, parts, finished_run, capfd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_evaluation_without_steps_leaves_out_what_the_model_cannot_do(finished_run, tmp_path, capfd, monkeypatch):
+    "A consistency model knows no more steps than it was distilled with"
+    from sdpo_nb.models import Policy
+
+    sampler = Policy.sampler
+
+    def few(self, num_steps, *rest, **options):
+        if num_steps > 5:
+            raise ValueError(f"num_steps={num_steps} is more than the 5 of this model.")
+        return sampler(self, num_steps, *rest, **options)
+
+    monkeypatch.setattr(Policy, "sampler", few)
+    assert eval_command([str(finished_run), "--samples", "2", "--output", "e.json"]) == 0
+    assert read_json(tmp_path / "e.json")["steps"] == [1, 2, 4] and "    8  " not in capfd.readouterr().out
+    assert eval_command([str(finished_run), "--samples", "2", "--steps", "4,8"]) == 2
+    assert "num_steps=8 is more than the 5" in said(capfd)
+
+
 @pytest.mark.parametrize(
     "words, parts",
     [
@@ -617,7 +635,7 @@ def test_the_plan_is_said_before_anything_is_loaded(capfd, monkeypatch):
     line = "an update = 4 processes × 4 passes × 4 pairs; 100 updates an epoch, 10,000 updates in all"
     assert line in capfd.readouterr().out
     assert train_command(["tiny", "--policy", "./mine", "--dry_run"]) == 0
-    assert " 8 samples of a forward pass" in capfd.readouterr().out  # 16 pairs, four processes
+    assert " 16 samples of a forward pass" in capfd.readouterr().out  # 32 pairs, four processes
 
 
 def test_training_agrees_with_its_plan(finished_run, small, capfd):

@@ -2,24 +2,30 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
 import pytest
+import torch
 from experiments import key_of
 
+from sdpo_nb import callbacks
+from sdpo_nb.callbacks import EvaluationCallback
 from sdpo_nb.config import preset_config
+from sdpo_nb.evaluate import step_generalization
 from sdpo_nb.files import read_json
+from sdpo_nb.models import load_policy
+from sdpo_nb.trainer import Trainer
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results" / "demo").glob("seed_*.json"))
 
 
-def check_bar(evaluation):
-    "Every step count: a paired gain of more than five standard errors, and no more than five points of agreement lost"
+def gains_and_losses(evaluation):
+    "By step count: the gain in standard deviations of the reward before training, and the points of agreement lost"
     assert evaluation["steps"] == [1, 2, 4, 8, 16, 50] and evaluation["n"] == 256
-    for i, steps in enumerate(evaluation["steps"]):
-        gain, error = evaluation["gain"]["mean"][i], evaluation["gain"]["se"][i]
-        lost = evaluation["agreement"]["before"][i] - evaluation["agreement"]["after"][i]
-        assert gain > 5 * error, f"{steps} steps: gain {gain} with a standard error of {error}"
-        assert lost <= 0.05, f"{steps} steps: agreement fell by {lost}"
+    assert evaluation["pairs"] == [256] * 5 + [128]
+    agreement = zip(evaluation["agreement"]["before"], evaluation["agreement"]["after"])
+    gains = [gain / std for gain, std in zip(evaluation["gain"]["mean"], evaluation["before"]["std"])]
+    return gains, [100 * (before - after) for before, after in agreement]
 
 
 def test_three_seeds_were_run():
@@ -28,9 +34,31 @@ def test_three_seeds_were_run():
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_runs_are_of_this_preset_and_hold_the_bar(path):
+    "A gain of a standard deviation at each step count"
     found = read_json(path)
     assert key_of({**found["config"], "seed": 0}) == key_of(asdict(preset_config("tiny", seed=0)))
-    check_bar(found["evaluation"])
+    gains, lost = gains_and_losses(found["evaluation"])
+    assert min(gains) >= 1, gains
+    assert max(lost) <= 5, lost  # of a single run, whose 128 or 256 pairs leave an error of 1 to 2
+
+
+def test_at_most_three_points_of_agreement_are_lost_over_the_seeds():
+    losses = [gains_and_losses(read_json(path)["evaluation"])[1] for path in RESULTS]
+    assert max(map(mean, zip(*losses))) <= 3, losses
+
+
+def test_the_evaluation_that_comes_with_the_package_is_that_of_the_demo(tmp_path):
+    "It is found for the demo's settings, and what it says is what the model does: 24 pairs at one step"
+    config = preset_config("tiny", output_dir=str(tmp_path))
+    trainer = Trainer(load_policy("tiny", device="cpu"), config.reward, config.prompts, config, callbacks=[])
+    key = callbacks._evaluation_key(trainer, EvaluationCallback().pairs(trainer))
+    kept = callbacks._read_copy(callbacks._shipped, key)
+    assert kept is not None, "run python benchmarks/demo.py --base"
+    with trainer.policy.without_lora():
+        settings = dict(steps=[1], samples=24, seed=config.eval_seed)
+        now = step_generalization(trainer.policy, trainer.reward, trainer.prompts, **settings)
+    torch.testing.assert_close(now.rewards[0], kept[False].rewards[0, :24], atol=0.02, rtol=0)
+    torch.testing.assert_close(now.images[0], kept[False].images[0], atol=0.01, rtol=0)
 
 
 @pytest.mark.slow
@@ -38,5 +66,6 @@ def test_a_fresh_demo_holds_the_bar(tmp_path):
     from sdpo_nb.cli import train_command
 
     assert train_command(["tiny", "--output_dir", str(tmp_path / "run")]) == 0
-    check_bar(read_json(tmp_path / "run" / "evaluation.json"))
+    gains, lost = gains_and_losses(read_json(tmp_path / "run" / "evaluation.json"))
+    assert min(gains) >= 1 and max(lost) <= 5, (gains, lost)
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "lora").is_dir()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import experiments
 import pytest
+import torch
 
 from sdpo_nb.config import resolve
+from sdpo_nb.models import load_policy
 
 script = Path(experiments.__file__)
 complete = [
@@ -23,6 +25,9 @@ complete = [
     "ablations",
     "steps",
     "few_steps",
+    "frontier_search",
+    "frontier",
+    "switches",
 ]  # what the chapters draw as complete; a missing file counts as missing runs
 
 
@@ -30,7 +35,9 @@ def line(run, gain):
     "A run whose gain is known"
 
     def record(samples, mean):
-        return {"prompts": "trained", "epoch": bool(samples), "samples": samples, "steps": [1, 4], "mean": [mean, mean]}
+        shares = {"agreement": [1.0, 1.0], "diversity": [0.2, 0.2], "reward_queries": samples}
+        record = {"prompts": "trained", "epoch": int(bool(samples)), "samples": samples, "steps": [1, 4]}
+        return {**record, "mean": [mean, mean], **shares}
 
     config = asdict(resolve(run.config)) | {"output_dir": None}
     return json.loads(
@@ -140,6 +147,85 @@ def test_a_run_is_known_under_the_names_of_its_time():
     assert experiments.key_of(then) == now.key != experiments.key_of({**then, "credit": "causal"})
 
 
+def ladder(name="SDPO, T=2"):
+    runs = experiments.frontier_search_runs(name, experiments.quality)
+    return [(run.config.learning_rate, run.config.pairs_per_update) for run in runs]
+
+
+@pytest.mark.parametrize("gains, last", [((0.1, 0.2), (3e-3, 4)), ((0.2, 0.1), (1e-3, 16))], ids=["faster", "slower"])
+def test_the_search_of_the_frontier_tries_the_neighbours_of_the_better_of_two(results, gains, last):
+    assert ladder() == [(3e-3, 16), (3e-3, 8)]
+    for run, gain in zip(experiments.frontier_search_runs("SDPO, T=2", experiments.quality), gains):
+        note(results, run, gain)
+    assert ladder() == [(3e-3, 16), (3e-3, 8), (1e-3, 4), last, (1e-3, 2), (5e-4, 2)]
+    with pytest.raises(SystemExit, match="DDPO, T=2 has not been searched"):
+        experiments.frontier_searched("DDPO, T=2")
+    note(results, experiments.frontier_search_runs("SDPO, T=2", experiments.quality)[3], 0.9)
+    assert experiments.frontier_searched("SDPO, T=2") == dict(zip(("learning_rate", "pairs_per_update"), last))
+
+
+@pytest.mark.parametrize("name", experiments.frontier_methods)
+def test_no_run_of_the_frontier_asks_more_than_all_may(name):
+    config = experiments.resolve(experiments.frontier_run("frontier", name, 11, experiments.quality).config)
+    dearest, mean = experiments.queries_of(config), experiments.queries_of(config, experiments.mean)
+    assert experiments.frontier_queries - dearest < config.epochs * mean <= experiments.frontier_queries + mean
+    assert (config.epochs * dearest <= experiments.frontier_queries) == (dearest == mean)  # else a callback ends it
+    assert [entry[0] for entry in experiments.along(config)][-1] == config.epochs
+
+
+def test_a_line_is_copied_only_between_groups_that_measure_alike(results):
+    one = experiments.frontier_run("frontier", "SDPO, T=10", 1, experiments.quality)
+    note(results, experiments.Run("steps", "T=10", one.config))
+    assert experiments.copy_lines([one]) == [one] and not experiments.lines("frontier")
+    note(results, experiments.Run("frontier_search", "SDPO, T=10", one.config))
+    assert experiments.copy_lines([one]) == [] and experiments.lines("frontier")[0]["group"] == "frontier"
+
+
+def test_switches_are_runs_of_their_own_and_two_trust_regions_are_not_one(results):
+    note(results, experiments.frontier_search_runs(experiments.switched, experiments.quality)[0], 0.9)
+    runs = experiments.switches([])
+    assert len({(run.name, run.key) for run in runs}) == len(runs) == 5
+    near, far = [run for run in runs if run.bound and run.config.seed == runs[0].config.seed]
+    assert near.key == far.key and {near.bound, far.bound} == {1e-5, 1e-6}
+    assert experiments.trainer_class(far).bound == far.bound
+    note(results, near)
+    assert far in experiments.copy_lines([near, far]) and experiments.missing([near, far]) == [far]
+
+
+def test_which_pictures_agree_is_kept_as_digits():
+    assert experiments.bits(torch.tensor([True, False, True, True, False, False])) == "2c"
+    assert experiments.bits(torch.tensor([False] * 7 + [True])) == "01"
+
+
+def test_an_adapter_is_merged_for_measuring_and_nothing_stays_of_it():
+    policy = load_policy("tiny")
+    policy.prepare_training(2, None, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for weights in policy.trainable_parameters().values():
+        weights.data.normal_(std=0.1, generator=generator)
+    before = {name: value.clone() for name, value in policy.denoiser.state_dict().items()}
+    latents, embedding = torch.randn(2, 4, 8, 8, generator=generator), policy.embed(["a circle"] * 2)
+    with torch.no_grad():
+        expected = policy.predict(latents, 999, embedding)
+        with experiments.merged(policy):
+            assert torch.allclose(policy.predict(latents, 999, embedding), expected, atol=1e-4)
+        assert torch.equal(policy.predict(latents, 999, embedding), expected)
+    after = policy.denoiser.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_frontier_is_measured_on_its_way_and_ends_where_it_lost_much(monkeypatch):
+    monkeypatch.setattr(experiments, "search_pairs", {4: (1, 2)})
+    run = experiments.frontier_run("frontier_search", "SDPO, T=2", experiments.search_seed, experiments.quality)
+    short = experiments.replace(run.config, epochs=3, checkpoint_every=3)
+    whole = experiments.execute(experiments.Run("frontier_search", "SDPO, T=2", short))
+    assert [(e["epoch"], e["network_calls"]) for e in whole["evaluations"]] == [(0, 0), (1, 96), (2, 192), (3, 288)]
+    monkeypatch.setattr(experiments, "lost_enough", -1.0)
+    ended = experiments.execute(experiments.Run("frontier_search", "SDPO, T=2", short))
+    assert len(ended["metrics"]) == 1 and ended["evaluations"] == whole["evaluations"][:2]
+
+
 def test_numbers_are_shortened_and_nothing_else():
     assert experiments.shorten({"a": [1.23456789, 7, "x", None]}) == {"a": [1.23457, 7, "x", None]}
 
@@ -180,8 +266,10 @@ def test_committed_runs_say_what_they_are(path):
             "evaluations",
             "metrics",
         } <= set(run)
-        assert (run["seed"] == experiments.search_seed) == (path.stem == "search")  # no reported seed was tuned on
-        assert len(run["metrics"]) == run["config"]["epochs"] and run["metrics"][-1]["epoch"] == run["config"]["epochs"]
+        assert (run["seed"] == experiments.search_seed) == ("search" in path.stem)  # no reported seed was tuned on
+        whole = [line["epoch"] for line in run["metrics"]] == [*range(1, run["config"]["epochs"] + 1)]
+        assert whole or experiments.along_frontier(path.stem)  # which end early
+        assert run["metrics"][-1]["epoch"] == max(record["epoch"] for record in run["evaluations"])
         for record in run["evaluations"]:
             assert {"samples", "reward_queries", "optimizer_steps", "steps", "mean", "std", "n"} <= set(record) and len(
                 record["mean"]

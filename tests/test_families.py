@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, LCMScheduler
 
-from sdpo_nb.families import ConsistencyPolicy, SDXLPolicy
+from sdpo_nb.families import ConsistencyPolicy, SDXLPolicy, distilled
 from sdpo_nb.report import loading_code
 from sdpo_nb.models import Policy, load_policy
 from sdpo_nb.trainer import TrainConfig, Trainer
@@ -175,9 +176,9 @@ def test_an_unknown_class_is_named(folders, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(folders["sd_turbo"], folder)
     index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KolorsPipeline"))
     with pytest.raises(
-        ValueError, match="is a FluxPipeline, which cannot be trained here: choose a StableDiffusionPipeline or"
+        ValueError, match="is a KolorsPipeline, which cannot be trained here: choose a StableDiffusionPipeline or"
     ):
         load_policy(folder)
 
@@ -189,3 +190,50 @@ def test_a_card_tells_what_a_consistency_model_heard(policies, tmp_path):
         config.policy, 4, config.guidance_scale
     )
     assert trainer(policies["sd_turbo"], tmp_path / "other").config.guidance_scale == 0
+
+
+# --- base models that an adapter makes fast
+
+
+def adapter(policy, folder):
+    "A LoRA that changes much, as a file; the policy is as before"
+    policy.remove_lora()
+    policy.add_lora(2)
+    for name, weight in policy.trainable_parameters().items():
+        weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    file = policy.save_lora(folder)
+    policy.remove_lora()
+    return file
+
+
+WAYS = {
+    "dmd2": (LCMScheduler, dict(timesteps=[999, 749, 499, 249])),
+    "lcm": (LCMScheduler, {}),
+    "hyper": (DDIMScheduler, dict(timestep_spacing="trailing", set_alpha_to_one=False)),
+}
+
+
+@pytest.mark.parametrize("way", [way if way == "dmd2" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+@pytest.mark.parametrize("kind", ["sd_turbo", pytest.param("sdxl_turbo", marks=pytest.mark.slow)])
+def test_a_base_model_is_trained_on_top_of_the_adapter_that_made_it_fast(folders, tmp_path, kind, way):
+    scheduler, settings = WAYS[way]
+    policy = load_policy(folders[kind], device="cpu")
+    file = adapter(policy, tmp_path / "distilled")
+    plain = policy.sample(["a cat"], 4, seeds=[0], own_scheduler=True, return_latents=True)
+    distilled(policy, file, scheduler, **settings)
+    where = dict(seeds=[0], eta=float(scheduler is LCMScheduler), return_latents=True)
+    for count in (1, 4):
+        ours, stock = (policy.sample(["a cat"], count, own_scheduler=own, **where) for own in (False, True))
+        near(ours, stock)
+    assert (stock - plain).abs().max() > 1e-2
+    metrics = trainer(policy, tmp_path / "run", num_steps=4).train()
+    assert metrics["log_ratio/max_before_update"] == 0 and metrics["grad_norm"] > 0
+    assert all(".default." in name for name in policy.trainable_parameters())
+    with policy.without_lora():
+        near(policy.sample(["a cat"], 4, **where), ours)  # what lies underneath stays on
+
+
+def test_a_scheduler_without_a_step_for_it_is_refused(folders):
+    policy = load_policy(folders["sd_turbo"], device="cpu")
+    with pytest.raises(ValueError, match="give falling numbers above 0 and at most 999"):
+        distilled(policy, scheduler=LCMScheduler, timesteps=[249, 999])

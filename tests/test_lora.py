@@ -1,9 +1,11 @@
 "LoRAs that change nothing at first and can be switched off, whole networks, and what a run starts from."
 
+import copy
 import shutil
 
 import pytest
 import torch
+from comparisons import near
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -11,30 +13,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 from random_pipelines import nudged, stock_pipeline
 from small_runs import small_trainer
 
+from sdpo_nb.lora import _compute_as_base
 from sdpo_nb.lora_files import TrainablePipeline
 from sdpo_nb.models import Policy, load_policy
-
-PROMPTS = ["a red circle", "a blue cat", "a red circle"]
-
-
-@pytest.fixture(scope="module")
-def folder(random_folder):
-    return random_folder()
-
-
-@pytest.fixture
-def policy(folder):
-    return load_policy(folder, device="cpu")
-
-
-@pytest.fixture
-def predict(policy):
-    "Its output at some state"
-    latents, embedding = torch.randn(3, *policy.latent_shape), policy.embed(PROMPTS)
-    return lambda other=None: (other or policy).predict(latents, 999, embedding)
 
 
 def test_a_fresh_lora_changes_nothing_and_disturbs_no_generator(policy, predict):
@@ -116,11 +101,6 @@ def test_an_earlier_lora_leaves_nothing_behind(policy, predict, tmp_path):
 
 
 # --- what a run starts from
-
-
-def near(one, other):
-    "Up to the rounding of float32 in a network of this depth"
-    return bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -361,3 +341,27 @@ def test_a_transformer_is_trained_like_a_unet(tmp_path):
     assert torch.equal(output(SD3Transformer2DModel.from_pretrained(tmp_path / "whole")), original)
     assert torch.equal(output(trained.load_whole(tmp_path / "whole").denoiser), original)
     assert again.prepare_training(4).fingerprint == trained.prepare_training(0).fingerprint == mark
+
+
+# --- half precision
+
+
+@pytest.mark.parametrize("options, plain", [({}, True), (dict(use_dora=True), False), (dict(lora_dropout=0.5), False)])
+def test_a_half_precision_layer_computes_as_its_base_unless_it_is_a_special_one(options, plain):
+    "Near PEFT's own result, or exactly that; a copy of the layer computes with its own weights"
+    torch.manual_seed(0)
+    base, x = torch.nn.Linear(24, 16).requires_grad_(False).bfloat16(), torch.randn(2, 5, 24).bfloat16()
+    layer = Linear(base, "a", LoraConfig(r=4, init_lora_weights=False, **options), r=4, lora_alpha=4)
+    layer.lora_A.float(), layer.lora_B.float()
+    torch.manual_seed(1)
+    by_peft = layer(x)
+    _compute_as_base(layer)
+    torch.manual_seed(1)
+    here = layer(x)
+    assert here.dtype == x.dtype and torch.equal(here, by_peft) != plain
+    assert (here - by_peft).abs().max() <= 2**-6 * by_peft.abs().max()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.lora_B["a"].weight.zero_()
+    assert torch.equal(layer(x), here) or options
+    assert plain is False or torch.equal(twin(x), base(x))

@@ -2,48 +2,25 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from comparisons import apart, near
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
-from random_pipelines import nudged, stock_images, stock_pipeline
+from random_pipelines import nudged, single_file, stock_images, stock_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_runs import small_trainer
 
 from sdpo_nb.hub import quiet_loading
 from sdpo_nb.lora_files import _sort_header
-from sdpo_nb.models import load_policy
+from sdpo_nb.models import Policy, load_policy
+from sdpo_nb.report import loading_code
 
 PROMPTS = ["a red circle", "a blue cat", "a red circle"]
 SEEDS = [3, 1, 2]
-
-
-@pytest.fixture(scope="module")
-def folder(random_folder):
-    return random_folder()
-
-
-@pytest.fixture
-def policy(folder):
-    return load_policy(folder, device="cpu")
-
-
-@pytest.fixture
-def predict(policy):
-    "Its output at some state"
-    latents, embedding = torch.randn(3, *policy.latent_shape), policy.embed(PROMPTS)
-    return lambda other=None: (other or policy).predict(latents, 999, embedding).detach()
-
-
-def near(one, other):
-    "Up to the rounding of float32 in a network of this depth"
-    assert one.shape == other.shape and (one - other).abs().max() <= 1e-4 * other.abs().max()
-
-
-def apart(one, other):
-    return bool((one - other).abs().max() > 1e-3 * other.abs().max())
 
 
 # --- in and out
@@ -57,12 +34,12 @@ def test_loading_keeps_alpha_folds_the_scale_and_can_be_saved_again(policy, fold
     assert list(again.trainable_parameters()) == list(policy.trainable_parameters())
     nudged(policy, 0.3 * scale)
     expected = policy.sample(PROMPTS, 2, seeds=SEEDS)
-    near(again.sample(PROMPTS, 2, seeds=SEEDS), expected)
+    assert near(again.sample(PROMPTS, 2, seeds=SEEDS), expected)
     again.save_lora(tmp_path / "second")
     pipeline = stock_pipeline(folder, timestep_spacing="trailing")
     pipeline.load_lora_weights(tmp_path / "second")
     stock = stock_images(pipeline, PROMPTS, SEEDS, 2, eta=1.0)
-    near(stock, expected)
+    assert near(stock, expected)
 
 
 def test_a_half_precision_policy_saves_and_loads_float32_exactly(folder, tmp_path):
@@ -178,12 +155,12 @@ def test_loading_one_leaves_the_others(policy, predict, tmp_path):
     alone = predict(policy.load_lora(one))
     both = predict(policy.load_lora(two, name="two"))
     assert apart(both, alone)
-    near(predict(policy.load_lora(one)), both)  # again, as one does in a notebook
-    near(predict(policy.load_lora(two, name="two")), both)
+    assert near(predict(policy.load_lora(one)), both)  # again, as one does in a notebook
+    assert near(predict(policy.load_lora(two, name="two")), both)
     with policy.without_lora():  # nothing is underneath before a run has begun
         assert apart(predict(), both) and apart(predict(), alone)
     policy.remove_lora()
-    near(predict(policy.load_lora(two, name="two").load_lora(one)), both)
+    assert near(predict(policy.load_lora(two, name="two").load_lora(one)), both)
 
 
 def test_strengths_that_were_set_stay(folder, predict, tmp_path):
@@ -191,13 +168,12 @@ def test_strengths_that_were_set_stay(folder, predict, tmp_path):
     lora = nudged(load_policy(folder, device="cpu").add_lora()).save_lora(tmp_path)
     pipeline.load_lora_weights(lora, adapter_name="lcm")
     pipeline.set_adapters("lcm", 0.25)
-    from sdpo_nb.models import Policy
 
     weak = predict(Policy(pipeline))
     policy = Policy(pipeline).load_lora(lora, 0.0)
-    near(predict(policy), weak)
+    assert near(predict(policy), weak)
     half = load_policy(folder, device="cpu").load_lora(lora, 0.25)
-    near(weak, predict(half))
+    assert near(weak, predict(half))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -222,10 +198,10 @@ def test_a_scale_of_zero_is_the_original_model_for_dora_too(folder, tmp_path, pr
     assert apart(whole, original)
     assert torch.equal(predict(0.0), original)
     if precision == "fp32":
-        near(predict(1.0), whole)
+        assert near(predict(1.0), whole)
         assert apart(predict(0.5), whole) and apart(predict(0.5), original)
         policy.save_lora(tmp_path / "half")
-        near(predict(), predict(0.5))
+        assert near(predict(), predict(0.5))
 
 
 def test_a_saved_lora_holds_nothing_but_what_was_trained(folder, policy, tmp_path):
@@ -270,11 +246,11 @@ def test_kohyas_names_of_sdxl_are_those_of_stock_diffusers(random_folder, tmp_pa
     assert again.lora_state().keys() == expected.keys()
     assert all(torch.equal(again.lora_state()[name], tensor) for name, tensor in expected.items())
     pictures = [model.sample(["a cat"], 2, seeds=[0], return_latents=True) for model in (policy, again)]
-    near(*pictures)
+    assert near(*pictures)
     stock = load_policy(place, device="cpu")
     with quiet_loading():
         stock.pipeline.load_lora_weights(tmp_path / "kohya.safetensors")
-    near(stock.sample(["a cat"], 2, seeds=[0], return_latents=True), pictures[0])
+    assert near(stock.sample(["a cat"], 2, seeds=[0], return_latents=True), pictures[0])
 
 
 def peft_folder(policy, folder, **changes):
@@ -292,10 +268,10 @@ def test_folders_of_peft(folder, policy, predict, tmp_path):
     expected = predict(nudged(policy.add_lora(4, alpha=8)))
     place = peft_folder(policy, tmp_path, target_modules=".*to_(q|k|v|out.0)")
     again = load_policy(folder, device="cpu").load_lora(place)
-    near(predict(again), expected)
+    assert near(predict(again), expected)
     assert again.prepare_training(4, 8).lora_state().keys() == policy.lora_state().keys()
     again.save_lora(tmp_path / "ours")
-    near(predict(load_policy(folder, device="cpu").load_lora(tmp_path / "ours")), expected)
+    assert near(predict(load_policy(folder, device="cpu").load_lora(tmp_path / "ours")), expected)
     peft_folder(policy, tmp_path, peft_type="LOHA")
     with pytest.raises(ValueError, match="is a LoHaConfig and no LoRA: give a LoRA"):
         again.load_lora(tmp_path)
@@ -366,3 +342,45 @@ def test_a_network_with_other_weights_is_refused(policy, tiny_folder):
     assert not policy.trainable_parameters()
     with pytest.raises(OSError, match="Could not load "):
         policy.load_whole(tiny_folder)
+
+
+# --- what the card of a run tells others to do
+
+
+def loaded_as_told(*of_the_run, underneath):
+    "The pipeline that the code of a card loads; it draws nothing here"
+    *lines, drawing = loading_code(*of_the_run, underneath=underneath).splitlines()
+    assert drawing.startswith('image = pipe("a prompt"')
+    space = {}
+    with quiet_loading():
+        exec("\n".join(lines), space)
+    return space["pipe"]
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single file"])
+def test_the_code_of_the_card_loads_the_policy_and_what_lay_underneath(folder, predict, tmp_path, single):
+    model = folder
+    if single:
+        model = shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        single_file(stock_pipeline(folder), model / "all.safetensors")
+        model = model / "all.safetensors"
+    below, own = tmp_path / "below", tmp_path / "own"
+    nudged(load_policy(folder, device="cpu").add_lora(3, seed=1)).save_lora(below)
+    policy = load_policy(model, device="cpu").load_lora(below, 0.5, name="few_steps").prepare_training(2)
+    nudged(policy).save_lora(own)
+    assert policy.underneath == {"few_steps": {"place": str(below), "scale": 0.5}}
+    use = (str(model), 4, 0.0, str(own))
+    stock = Policy(loaded_as_told(*use, underneath=policy.underneath))
+    assert near(predict(stock), predict(policy))
+    assert apart(predict(Policy(loaded_as_told(*use, underneath={}))), predict(policy))
+
+
+def test_what_diffusers_loaded_underneath_is_named_too(folder, tmp_path):
+    nudged(load_policy(folder, device="cpu").add_lora(3)).save_lora(tmp_path)
+    pipeline = stock_pipeline(folder)
+    pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    policy = Policy(pipeline).prepare_training(2)
+    assert policy.underneath == {"style": {"place": None, "scale": 1.0}}
+    code = loading_code("me/model", 4, underneath=policy.underneath)
+    assert "pipe.load_lora_weights('where style is', adapter_name='style')" in code
+    compile(code, "card", "exec")

@@ -1,13 +1,20 @@
 """What the pages tell their readers to type is accepted by the commands, and what they fetch exists."""
 
 import ast
+import builtins
+import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from notebook_process import solution_code
 from test_project import NOTEBOOKS, ROOT, cells
 
 from sdpo_nb.cli import (
@@ -21,6 +28,7 @@ from sdpo_nb.cli import (
     training_words,
 )
 from sdpo_nb.commands import CommandParser, flags_of
+from sdpo_nb.config import presets
 from sdpo_nb.plan import batch_line
 from sdpo_nb.prompts import prompt_lists
 
@@ -168,6 +176,100 @@ def script_lines():
 )
 def test_scripts_have_the_flags_that_are_named(place, script, flags):
     assert (ROOT / script).is_file() and not [flag for flag in flags if flag not in script_flags(ROOT / script)]
+
+
+# --- Python on the pages
+
+
+def names_in(code):
+    "The names that the code binds anywhere, and those that it reads anywhere"
+    bound, read = set(), set()
+    for node in ast.walk(ast.parse(re.sub(r"^\s*[!%].*$", "pass", code, flags=re.MULTILINE))):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(name.asname or name.name).partition(".")[0] for name in node.names}
+    return bound, read
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def undefined_names(path):
+    "Of the Python in a page's prose: each name that nothing above it defines. Solutions are run by test_notebooks.py"
+    known, missing = set(dir(builtins)), []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        for block in [source] if code else [] if solution_code(cell) else python_blocks(source):
+            bound, read = names_in(block)
+            known |= bound
+            missing += [] if code else sorted(read - known)
+    return missing
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_python_on_the_pages_names_nothing_undefined(path):
+    assert undefined_names(path) == []
+
+
+SMALLER = {
+    "epochs=10, pairs_per_epoch=8": "epochs=1, pairs_per_epoch=2",
+    "steps=[1, 4, 16], samples=32": "steps=[1, 4], samples=4",
+}
+
+
+def test_the_readmes_python_is_a_script_that_runs(tmp_path):
+    code = "\n".join(python_blocks((ROOT / "README.md").read_text(encoding="utf-8")))
+    for size, smaller in SMALLER.items():
+        assert code.count(size) == 1
+        code = code.replace(size, smaller)
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = {path.name for path in tmp_path.rglob("*.png")}
+    assert written == {"grid.png", "star.png"} and "gain ± se" in done.stdout and str(sorted(written)) in done.stdout
+
+
+@pytest.mark.parametrize(
+    "gpu, colab, begun, whole", [(1, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (0, 0, 0, 0), (1, 0, 0, 1)]
+)
+def test_run_all_of_full_scale_trains_the_short_variant(tmp_path, monkeypatch, gpu, colab, begun, whole):
+    "Whatever a cell's directives say, Jupyter runs it: what would take days has a switch, which is off"
+    code = cells(ROOT / "nbs" / "51_full_scale.ipynb", "code")
+    imports = next(cell for cell in code if "from sdpo_nb.trainer import" in cell)
+    first = next(cell for cell in code if cell.startswith("config = "))
+    short = ast.unparse(ast.parse(next(cell for cell in code if cell.startswith("short = "))).body[0])
+    on_gpu = [cell for cell in code if re.match(r"#\| gpu\n", cell)]
+    trained, mounted = [], []
+
+    def train(policy, reward, prompts, config):
+        return SimpleNamespace(train=lambda: trained.append(config))
+
+    space = {}
+    exec("\n".join([imports, first, short]), space)
+    drive = SimpleNamespace(mount=mounted.append)
+    space |= dict(Trainer=train, load_policy=lambda *_, **__: None, import_module=lambda name: drive)
+    space |= dict(sys=SimpleNamespace(modules={"google.colab": 0} if colab else {}))
+    space |= dict(show_run=lambda *_, **__: pytest.fail("nothing was trained"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.chdir(tmp_path)
+    if begun:
+        (tmp_path / "runs" / "sdpo_short" / "checkpoints").mkdir(parents=True)
+    switch = "whole_preset = False"
+    assert sum(cell.count(switch) for cell in on_gpu) == 1
+    exec("\n".join(on_gpu).replace(switch, "whole_preset = True" if whole else switch), space)
+    place = "/content/drive/MyDrive/sdpo_short" if colab else f"runs/sdpo_{'whole' if whole else 'short'}"
+    epochs = [] if not gpu else [presets["sd_turbo_aesthetic"]["epochs"] if whole else 20]
+    assert [config.epochs for config in trained] == epochs and len(mounted) == colab
+    assert [(config.output_dir, config.resume) for config in trained] == [(place, place if begun else None)] * gpu
 
 
 # --- pages where only the package is installed, as on Colab

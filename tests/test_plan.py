@@ -106,6 +106,21 @@ def test_memory_grows_with_the_batch():
     assert {*reward_settings} <= reward_sizes.keys() and "" in hardware
 
 
+@pytest.mark.parametrize("policy", ["stabilityai/sd-turbo", "stabilityai/sdxl-turbo", "SimianLuo/LCM_Dreamshaper_v7"])
+def test_in_fp16_the_autoencoder_is_float32(policy):
+    "Their configurations say `force_upcast`; bf16 has float32's range and needs none"
+
+    def parts(precision):
+        return memory_estimate(resolve(preset_config("sd_turbo_imagereward", policy=policy, precision=precision)))
+
+    half, brain, full = map(parts, ("fp16", "bf16", "fp32"))
+    size = model_sizes[policy]
+    assert half["weights of the policy"] - brain["weights of the policy"] == pytest.approx(size["vae"] * 2 / 1e3)
+    assert half["a training pass, or decoding"] == max(10.0, 8 * size["kept"][2])  # eight pictures, 8 samples
+    assert brain["a training pass, or decoding"] == max(5.0, 8 * size["kept"][2])
+    assert full["a training pass, or decoding"] == max(10.0, 8 * size["kept"][4])
+
+
 def test_memory_shrinks_with_what_saves_it():
     whole = total(micro_batch=16)
     assert total(micro_batch=16, gradient_checkpointing=True) < whole < total(micro_batch=16, precision="fp32")
@@ -127,7 +142,7 @@ def test_the_table_of_sizes_is_what_was_counted(kind, policy):
     assert len(rows) == 2
     for row in rows:
         size, width = model_sizes[policy], {"fp16": 2, "fp32": 4}[row["precision"]]
-        assert abs(size["millions"] - sum(row["millions"].values())) <= 1
+        assert abs(size["millions"] - sum(row["millions"].values())) <= 1 and size["vae"] == row["millions"]["vae"]
         counted = (row["gb_per_sample"], row["gb_per_sample_checkpointed"])
         assert (size["kept"][width], size["checkpointed"][width]) == counted
 

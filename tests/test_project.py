@@ -13,6 +13,7 @@ import pytest
 import yaml
 from fastcore.nbio import nb_frontmatter, read_nb
 from nbdev.config import get_config, read_version
+from notebook_process import FOLDED, solution_code
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,17 @@ def test_torchvision_is_not_needed():
     assert not any("torchvision" in facts[key] for key in facts)
     imports = re.compile(r"^\s*(?:from|import)\s+torchvision", flags=re.MULTILINE)
     assert not [path.name for path in NOTEBOOKS if any(imports.search(source) for source in cells(path, "code"))]
+
+
+@pytest.mark.parametrize("target, minutes", [("test", "nine minutes on two"), ("test-slow", "half an hour")])
+def test_make_says_first_how_long_its_tests_take_and_where(target, minutes):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (say,) = re.findall(r"^SAY := .* -c '(.*)'$", makefile, flags=re.MULTILINE)
+    (told,) = re.findall(rf'^{target}: .*\n\t@\$\(SAY\) "(.*)"\n\t.*pytest', makefile, flags=re.MULTILINE)
+    command = [sys.executable, "-c", say.replace("$(VENV)", ".venv"), told]
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert minutes in line and ".venv, on the CPU" in line and "cores" in line
+    assert minutes in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")  # in one voice
 
 
 def test_console_scripts_name_functions_that_exist():
@@ -301,35 +313,54 @@ def test_colab_badge_opens_this_notebook(path):
     assert install.startswith("#| hide\n#| eval: false\n! [ -e /content ] && ")  # acts on Colab only
 
 
-def solutions(path):
-    "The folded solutions in the exercises of the chapter at `path`: for each, its code and the hidden code below it"
-    notebook, inside, found = json.loads(path.read_text(encoding="utf-8"))["cells"], False, []
-    for cell, below in zip(notebook, [*notebook[1:], None]):
+def exercises(path):
+    "The cells of the chapter's exercises, from their heading to the next one"
+    inside, found = False, []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         for heading in re.findall(r"^## (.+)$", source if cell["cell_type"] == "markdown" else "", flags=re.MULTILINE):
             inside = heading.strip() == "Exercises"
-        if not inside or "<details" not in source:
-            continue
-        shown = "\n".join(re.findall(r"```python\n(.*?)```", source, flags=re.DOTALL))
-        hidden = "".join(below["source"]) if below and below["cell_type"] == "code" else ""
-        found.append((shown, hidden if re.match(r"(#\|.*\n)*#\| hide\b", hidden) else ""))
+        if inside:
+            found.append(cell)
     return found
 
 
 def code_lines(source):
-    "The lines of code, without directives, blank lines and what follows the last letter"
+    "The lines of code, without directives and blank lines"
     return [line.rstrip() for line in source.splitlines() if line.strip() and not line.startswith("#|")]
 
 
 @pytest.mark.parametrize("path", EXERCISES, ids=names)
-def test_chapter_has_exercises_with_solutions_that_run(path):
-    found = solutions(path)
-    assert len(found) >= 2
-    for shown, hidden in found:
-        assert code_lines(shown) and code_lines(shown) == code_lines(hidden)
-        assert not re.search(
-            r"^#\|\s*(?:eval:\s*false|slow|gpu|notest)\b", hidden, flags=re.MULTILINE
-        )  # test_notebooks.py runs the others
+def test_chapter_has_exercises_with_solutions(path):
+    found = [solution_code(cell) for cell in exercises(path) if "Solution" in "".join(cell["source"])]
+    assert len(found) >= 2 and all(code_lines(code) for code in found)  # test_notebooks.py runs them
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+def test_no_solution_stands_open(path):
+    "The code of a solution stands in its fold alone; Jupyter shows every code cell, whatever its directives say"
+    notebook = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    folded = [code_lines(code) for code in map(solution_code, notebook) if code]
+    shown = [code_lines("".join(cell["source"])) for cell in notebook if cell["cell_type"] == "code"]
+    assert [code[:3] for code in shown if code in folded] == []
+    for cell in exercises(path):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and re.search(r"(?i)\bsolution\b", source):
+            assert source.startswith(FOLDED + "\n\n") and source.rstrip().endswith("\n</details>"), source[:60]
+
+
+def test_solutions_are_formatted_like_cells(tmp_path):
+    notebooks = {path.stem: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in NOTEBOOKS}
+    codes = {
+        f"{stem}_{i}.py": code
+        for stem, notebook in notebooks.items()
+        for i, code in enumerate(filter(None, map(solution_code, notebook)))
+    }
+    assert len(codes) > 50
+    for name, code in codes.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    form = [sys.executable, "-m", "ruff", "format", "--diff", "--isolated", "--line-length=120", tmp_path]
+    assert subprocess.run(form, capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.parametrize("path", [*EXERCISES, NBS / "61_results.ipynb"], ids=names)
@@ -346,6 +377,57 @@ def test_chapter_ends_with_questions(path):
         )
         >= 4
     )
+
+
+# What another execution of a notebook would write differently, though nothing has changed
+CHANGING = {
+    "a temporary folder": r"/tmp/\w|/var/folders/|\\Temp\\",
+    "a place in memory": r"\b0x[0-9a-f]{8,}",
+    "a progress bar": r"\d+%\|.*\||\b(?:it|step|epoch|s)/(?:s|it|step|epoch)\b",
+    "the time left": r"\d\d:\d\d left",
+    "a path of this checkout": re.escape(str(ROOT)) + r"(?=[/\\])",
+}
+LIVE = ["35_widget.ipynb"]  # widgets, whose ids are drawn anew
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def shown_text(output):
+    "What an output shows as text or HTML; pictures inside HTML are left out"
+    data = output.get("data", {})
+    texts = [output.get("text", ""), *(text for kind, text in data.items() if kind.startswith("text/"))]
+    return re.sub(r"base64,[\w+/=]+", "", "\n".join("".join(text) for text in texts))
+
+
+def widgets_shown(notebook):
+    "The ids of the widgets that the outputs show"
+    outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return {data[WIDGET]["model_id"] for data in outputs if WIDGET in data}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+def test_saved_outputs_hold_nothing_that_changes_by_itself(path):
+    "So that executing a chapter again leaves no changes to commit"
+    notebook, found = json.loads(path.read_text(encoding="utf-8")), []
+    for cell in notebook["cells"]:
+        for text in map(shown_text, cell.get("outputs", [])):
+            found += [(cell["id"], what) for what, pattern in CHANGING.items() if re.search(pattern, text)]
+    if path.name not in LIVE and (widgets_shown(notebook) or "widgets" in notebook["metadata"]):
+        found.append(
+            ("a widget", "a bar's: tqdm.__init__ = partialmethod(tqdm.__init__, disable=True) in the first cell")
+        )
+    assert found == []
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_the_state_of_widgets_is_stored(name):
+    "JupyterLab leaves it out unless it is told otherwise; a page without it shows `model not found`"
+    notebook = json.loads((NBS / name).read_text(encoding="utf-8"))
+    stored = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    lost = widgets_shown(notebook) - stored.get("state", {}).keys()
+    again = f"jupyter execute --inplace nbs/{name} && nbdev-clean --fname nbs/{name}"
+    assert widgets_shown(notebook) and not lost, f"the widgets' state is lost; store it with: {again}"
+    twins = [output["data"] for cell in notebook["cells"] for output in cell.get("outputs", []) if "data" in output]
+    assert any("data-explorer" in "".join(data.get("text/html", "")) for data in twins)  # needs no widgets
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=names)

@@ -9,37 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from sample_records import COMPARISON, RECORDS
 
 from sdpo_nb import report as module
 from sdpo_nb.figures import png_bytes, reward_map, save_figure
 from sdpo_nb.files import append_jsonl, write_json, write_jsonl
 from sdpo_nb.report import base_licence, loading_code, model_card, push_run, run_summary, write_report
 
-PANEL = {"mean": [1.0, 2.0], "std": [0.5, 0.5]}
-COMPARISON = {
-    "steps": [1, 50],
-    "n": 16,
-    "reward": "taste",
-    "sampler": "DDIM, η=1",
-    "before": PANEL,
-    "after": {"mean": [2.0, 2.5], "std": [0.5, None]},
-    "gain": {"mean": [1.0, 0.5], "se": [0.1, None]},
-    "agreement": {"before": [0.9, 1.0], "after": [0.5, 0.6]},
-    "diversity": {"before": [0.2, 0.3], "after": [0.1, 0.2]},
-}
-RECORDS = [
-    {
-        "epoch": epoch,
-        "samples": 8 * (epoch + 1),
-        "reward_queries": 24 * (epoch + 1),
-        "optimizer_steps": 2 * (epoch + 1),
-        "reward/mean": epoch / 2.0,
-        "reward/std": 1.0,
-        "loss": 1.0,
-        "diversity": None if epoch == 2 else 0.2,
-    }
-    for epoch in range(4)
-]
 CONFIG = {
     "policy": "stabilityai/sd-turbo",
     "recipe": "sdpo",
@@ -195,8 +171,8 @@ def test_the_last_words_of_a_run(run_folder, tmp_path):
     (run_folder / "lora").mkdir()
     write_report(run_folder)
     lines = run_summary(run_folder).splitlines()
-    assert lines[0].startswith("taste, 16 fixed pairs") and lines[-3] == f"run folder  {run_folder}"
-    assert lines[-2] == f"report      {run_folder / 'report.html'}" and lines[-1].startswith("LoRA")
+    assert lines[0].startswith("taste, 16 fixed pairs") and lines[-4] == f"run folder  {run_folder}"
+    assert lines[-1] == f"look at     {run_folder / 'report.html'}" and lines[-3].startswith("LoRA")
     assert run_summary(tmp_path) == f"run folder  {tmp_path}"
 
 

@@ -40,6 +40,7 @@ from sdpo_nb.rewards import (
 from sdpo_nb.shapes import load_network, networks
 
 without_weights = ["jpeg_compressibility", "jpeg_incompressibility", "colorfulness", "warmth"]
+without_weights += ["shapes_size", "shapes_warmth"]
 with_weights = ["shapes_aesthetic", "shapes_alignment"]
 
 

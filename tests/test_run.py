@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from comparisons import same_weights, weights, without_clock
 from diffusers import AutoencoderTiny
 from PIL import Image
@@ -25,6 +27,7 @@ from small_runs import PROMPTS, SMALL, first_gradient, learn, noisy_redness, red
 import sdpo_nb.run as run_module
 from sdpo_nb.cli import sample_command, train_command
 from sdpo_nb.config import TrainConfig, preset_config, resolve
+from sdpo_nb.evaluate import step_generalization
 from sdpo_nb.files import read_json, read_jsonl
 from sdpo_nb.models import load_policy
 from sdpo_nb.prompts import animals
@@ -107,6 +110,30 @@ def test_resume_is_exact(make, resume, tmp_path, settings):
     assert read_json(tmp_path / "run/config.json")["epochs"] == epochs
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == [f"epoch_{epoch:06d}.pt" for epoch in (epochs // 2, epochs)]
+
+
+class Evaluates(Callback):
+    "Asks the reward about some pictures, as an evaluation does"
+
+    def before_train(self, run):
+        step_generalization(run.policy, run.reward, PROMPTS, steps=[1], samples=2)
+
+
+def test_resume_is_exact_where_the_evaluation_draws_before_the_first_epoch(make, resume, tmp_path):
+    "The first state is saved before the evaluation, whose reward draws from the same generator as the training's"
+    settings = dict(reward=noisy_redness, epochs=2, callbacks=[Evaluates()])
+    torch.manual_seed(5)
+    whole = make(**settings, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    torch.manual_seed(5)
+    stopped = make(**settings)
+    stopped.credit = lambda rollout: raises(Killed)(rollout, PROMPTS)  # in the first epoch
+    with pytest.raises(Killed):
+        stopped.train()
+    torch.manual_seed(7)
+    resumed = resume(**{**settings, "callbacks": []})  # the table of before is read, not made again
+    resumed.train()
+    assert same_run(whole, resumed)
 
 
 def test_settings_may_be_paths_and_numpy_numbers(make, tmp_path):
@@ -528,6 +555,28 @@ def test_the_loss_scale_falls_and_rises(make, tmp_path):
 
 
 # --- memory
+
+
+def test_the_device_may_change_within_a_process(make):
+    "After a trainer on a GPU, one on the CPU: accelerate refuses another device than the first of its process"
+    Accelerator(cpu=True)
+    gpu = torch.device("cuda", 0)
+    PartialState._shared_state["device"] = AcceleratorState._shared_state["device"] = gpu
+    trainer = make()
+    assert trainer.accelerator.device.type == "cpu"
+    trainer.train()
+    run_module._forget_other_device(gpu)  # a trainer on a GPU after this one
+    assert not PartialState._shared_state and not AcceleratorState._shared_state
+
+
+def test_processes_that_train_together_keep_their_device():
+    state = PartialState(cpu=True)
+    state.num_processes = 2
+    try:
+        run_module._forget_other_device(torch.device("cuda", 0))
+        assert PartialState._shared_state["device"].type == "cpu"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_smaller_gpu_may_go_on(make, resume, tmp_path):

@@ -69,7 +69,7 @@ def test_the_surrogate_shares_no_memory_with_the_policy(policy):
 
 
 def test_a_network_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="The surrogate is the encoder of a UNet, and this policy has a Linear; use"):
+    with pytest.raises(ValueError, match="The surrogate is half of a network, and a Linear has no blocks"):
         copy_encoder(torch.nn.Linear(1, 1))
 
 

@@ -370,7 +370,7 @@ def test_calls_do_not_become_small(make, settings, groups):
     "Batches are put together up to 64 pictures, as long as two groups are left"
     trainer = make(reward_worker=True, **{"num_steps": 5, **settings})
     trainer.scored_in_thread = lambda part, places: (len(part.prompts), places.tolist())
-    answers = [job.get() for _, job in trainer.submit(empty_parts(trainer)).pending]
+    answers = [job.get() for job in trainer.submit(empty_parts(trainer)).pending]
     trainer.pool.terminate()
     assert [number for number, _ in answers] == groups
     assert sum([places for _, places in answers], []) == list(range(trainer.groups_per_epoch))

@@ -1,6 +1,7 @@
 """The package as users get it: built from the source archive, installed outside the checkout, with its model."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -21,27 +22,24 @@ name, version = facts["lib_name"], facts["version"]
 
 
 def run(*command, cwd):
-    "Run `command` in the folder `cwd`, away from this checkout's modules; its output"
+    "Run `command` in the folder `cwd`, away from this checkout's modules; its output, and that of its errors"
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-    "The source archive and the wheel built from it"
+def built(tmp_path_factory):
+    "The folder with the source archive and the wheel built from it, and what the build said"
     folder = tmp_path_factory.mktemp("archives")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        "--outdir",
-        folder / "dist",
-        ".",
-        cwd=copy_checkout(folder / "tree"),
-    )
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ".")
+    return folder, run(*build, cwd=copy_checkout(folder / "tree"))
+
+
+@pytest.fixture(scope="module")
+def archives(built):
+    folder, _ = built
     return folder / "dist" / f"{name}-{version}.tar.gz", folder / "dist" / f"{name}-{version}-py3-none-any.whl"
 
 
@@ -64,6 +62,12 @@ def metadata(archives):
     "The wheel's METADATA"
     with zipfile.ZipFile(archives[1]) as wheel:
         return HeaderParser().parsestr(wheel.read(f"{name}-{version}.dist-info/METADATA").decode())
+
+
+def test_the_build_warns_of_nothing(built):
+    "But of what an environment variable says: not to compile"
+    said = [line for line in built[1].splitlines() if re.search(r"(?i)warning|deprecat", line)]
+    assert [line for line in said if "byte-compiling is disabled" not in line] == []
 
 
 def test_every_dynamic_field_reaches_the_wheel(metadata):

@@ -1,0 +1,73 @@
+"""What else the field does to hold a policy back, tried on `sdpo_branch`: one switch at a time, one seed.
+
+    python benchmarks/branch_switches.py      # -> results/experiments/branch_switches.jsonl, about eight minutes
+
+Each line is measured along its run as those of `experiments.py frontier` are, on a seed that no reported run uses.
+What is there already is left alone. A switch that moves the frontier here would earn more seeds and a setting.
+"""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from experiments import MeasureAlong, frontier_run, quality, shorten
+from trust_region import TrustRegionTrainer
+
+from sdpo_nb.branch import BranchTrainer
+from sdpo_nb.files import append_jsonl, read_jsonl, versions
+from sdpo_nb.models import load_policy
+
+results = Path(__file__).parent / "results" / "experiments" / "branch_switches.jsonl"
+seed, method, searched = 301, "Branch, mixed T", dict(learning_rate=1e-3, pairs_per_update=4)
+
+
+class DecayTrainer(BranchTrainer):
+    "The learning rate falls linearly from twice its value to nothing"
+
+    def begin_epoch(self):
+        super().begin_epoch()
+        left = 1 - self.epoch / self.total
+        for group in self.optimizer.param_groups:
+            group["lr"] = 2 * left * self.config.learning_rate
+
+
+class NarrowTrainer(TrustRegionTrainer):
+    bound = 1e-6
+
+
+switches = {
+    "none": (BranchTrainer, {}),
+    "KL to the policy before training, 0.3": (BranchTrainer, dict(kl_coefficient=0.3)),
+    "KL to the policy before training, 3": (BranchTrainer, dict(kl_coefficient=3.0)),
+    "limit of each log-ratio 0.1": (BranchTrainer, dict(clip_range=0.1)),
+    "limit of the divergence 1e-5": (TrustRegionTrainer, dict(clip_range=0.0)),
+    "limit of the divergence 1e-6": (NarrowTrainer, dict(clip_range=0.0)),
+    "learning rate falls": (DecayTrainer, {}),
+}
+
+
+def run(name) -> dict:
+    "One training, measured on its way"
+    kind, changes = switches[name]
+    config, measuring = (
+        frontier_run("frontier", method, seed, quality, **{**searched, **changes}).config,
+        MeasureAlong(),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = type(config)(**{**asdict(config), "output_dir": f"{folder}/run"})
+        trainer = kind(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
+        trainer.total = config.epochs
+        trainer.train()
+    dropped = trainer.dropped / max(1, trainer.seen) if isinstance(trainer, TrustRegionTrainer) else None
+    record = {"group": "branch_switches", "name": name, "recipe": config.recipe, "reward": config.reward, "seed": seed}
+    record |= {"config": {**asdict(config), "output_dir": None}, "versions": versions(), "dropped": dropped}
+    return {**record, **shorten({"evaluations": measuring.evaluations})}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    done = {line["name"] for line in (read_jsonl(results) if results.is_file() else [])}
+    for name in (name for name in switches if name not in done):
+        append_jsonl(results, run(name))
+        print(name, "done", flush=True)

@@ -1,0 +1,682 @@
+"""How fast this package is on a GPU, and whether it is right there: one command, no downloads, at most ten minutes.
+
+    make gpu-check                                             # the first GPU, or without one --device cpu --small
+    python benchmarks/gpu_check.py --parts machine sd_turbo sync resume
+    python benchmarks/gpu_check.py --skip sdxl_turbo flow --limit 300
+    python benchmarks/gpu_check.py --device cpu --small        # a rehearsal, about 100 processor seconds
+
+The models have the real classes and shapes and random weights, made on the spot on the device; a random model costs
+what a trained one costs, and what it paints is noise. Each part is a process of its own with a time limit of its own
+(`parts` below); rows that were finished before a limit are kept, what was not reached says "not measured" and why.
+
+machine      what plain matrix products and copies reach here, by precision, and what a kernel launch costs
+sd_turbo     SD-Turbo at 512×512: steps a second while sampling and training, share of the matrix products' rate,
+             peak memory against `memory_estimate`, and where the time goes; the same for sdxl_turbo and flow (SANA)
+options      every entry of `options`, on and off in turn, with the log-ratio before the first update and its bound
+reference    our loop against the public SDPO code's schedule of calls, same gradient
+worker       a reward of CLIP ViT-L's size, after sampling or in a thread meanwhile
+embedded     two epochs of the embedded model here and on the CPU: do the metrics agree?
+sync         does the host wait for the GPU inside the loops? torch.cuda.set_sync_debug_mode("error") around them
+resume       two epochs at once, and with a stop between them: the same weights to the last bit?
+
+What it does not say: nothing about the quality of pictures, several GPUs, or a run's hours. Its goals are those of an
+H200-class GPU; on anything else they stand beside the numbers as a comparison. A rehearsal on a CPU shows that every
+part runs; its numbers say nothing about a GPU, and its goals stay "not measured". The JSON is written after every
+part, to `--output`; without it to results/gpu_check.json, and by a rehearsal to results/gpu_check_rehearsal.json.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that this process leaves the GPU to those of the parts
+
+import against_reference_loop
+import scoring_worker
+import throughput
+import torch
+from accelerate import init_empty_weights
+from full_width import hub_ids
+from halves import first_half, machine, updates
+from random_models import full_width, kinds
+from throughput import now
+
+from sdpo_nb.config import TrainConfig, resolve
+from sdpo_nb.files import read_json, versions, write_json
+from sdpo_nb.hub import quiet_loading
+from sdpo_nb.models import load_policy, policy_classes, precisions
+from sdpo_nb.plan import memory_estimate
+from sdpo_nb.trainer import Trainer
+
+here = Path(__file__).parent
+
+
+class NotMeasured(Exception):
+    "Why a row is missing"
+
+
+# --- models and settings -------------------------------------------------------------------------
+
+
+def fill(module, device, dtype):
+    "Random numbers of a usual size for parameters that have a shape only; some belong to several modules"
+    made = {}
+    for owner in module.modules():
+        for name, old in list(owner._parameters.items()):
+            if old is None:
+                continue
+            if id(old) not in made:
+                new = torch.zeros(old.shape, device=device, dtype=dtype)
+                if old.ndim > 1:
+                    new.normal_(std=(old.shape[0] / old.numel()) ** 0.5)
+                elif name == "weight":
+                    new.fill_(1)
+                made[id(old)] = old, torch.nn.Parameter(new, requires_grad=False)
+            owner._parameters[name] = made[id(old)][1]
+
+
+def random_policy(kind, precision, given):
+    "A policy with random weights, made where it runs and in its precision; narrow with --small"
+    if kind not in kinds:
+        raise NotMeasured(f"there is no model of the kind {kind!r} here")
+    torch.manual_seed(0)
+    with init_empty_weights(), quiet_loading():
+        pipeline = kinds[kind](*((32, 64) if given.small else (full_width, 512)))
+    if type(pipeline).__name__ not in policy_classes:
+        raise NotMeasured(f"a {type(pipeline).__name__} cannot be trained here")
+    driver, dtype = policy_classes[type(pipeline).__name__], precisions[precision]
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            wide = name == "vae" and precision == "fp16"  # as `load_policy` reads it: the policy narrows it
+            fill(part, given.device, torch.float32 if wide else dtype)
+            part.to(given.device)  # what is no parameter
+            if hasattr(part, "tie_weights"):
+                part.tie_weights()
+    pipeline.set_progress_bar_config(disable=True)
+    return (resolve_name(driver) if isinstance(driver, str) else driver)(pipeline, hub_ids.get(kind, kind))
+
+
+def settings(folder, precision="bf16", pairs=4, num_steps=3, **changes) -> TrainConfig:
+    "One update's worth of pairs, in one pass"
+    sizes = dict(pairs_per_epoch=pairs, pairs_per_update=pairs, micro_batch=pairs, num_steps=num_steps)
+    same = dict(recipe="sdpo", reward="warmth", prompts="shapes", precision=precision, buffer_size=32)
+    return resolve(TrainConfig(**{**same, **sizes, "min_count": 1, "output_dir": f"{folder}/run", **changes}))
+
+
+def trainer_of(policy, config, **changes) -> Trainer:
+    return Trainer(policy, config.reward, config.prompts, replace(config, **changes), callbacks=[])
+
+
+# --- ceilings ------------------------------------------------------------------------------------
+
+
+def bandwidth(device) -> float:
+    "Bytes a second that a copy reads and writes"
+    source = torch.empty((2**30 if device.type == "cuda" else 2**25), dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        started = now(device)
+        target.copy_(source)
+        best = min(best, now(device) - started)
+    return 2 * len(source) / best
+
+
+def machine_part(given):
+    "Ceilings of matrix products and copies"
+    device, repeats = torch.device(given.device), 3 if given.small else 10
+    measured = {"fp32": torch.float32} if device.type == "cpu" else precisions  # a CPU may only emulate the others
+    rates = {name: throughput.matrix_rate(device, dtype, repeats) for name, dtype in measured.items()}
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        rates["tf32"] = throughput.matrix_rate(device, torch.float32, repeats)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    for name, rate in rates.items():
+        yield dict(row=f"matrix products, {name}", teraflops_per_second=rate / 1e12)
+    yield dict(row="copy, read and write", gigabytes_per_second=bandwidth(device) / 1e9)
+    x, count = torch.zeros(1, device=device), 1000
+    started = now(device)
+    for _ in range(count):
+        x.add_(1)
+    yield dict(row="one small kernel, launched", microseconds=(now(device) - started) / count * 1e6)
+
+
+# --- speed and memory of a model -----------------------------------------------------------------
+
+
+def free_memory(device):
+    "A trainer and what it holds go in cycles"
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def sizes(given) -> list:
+    "(precision, pairs in a pass)"
+    if given.small:
+        return [("fp32", 1), ("fp32", 4)]
+    return [*(("bf16", pairs) for pairs in given.micro_batch), ("fp16", 4), ("fp32", 4)]
+
+
+def model_row(policy, kind, config, rate, given) -> dict:
+    "Throughput, shares and memory of one size"
+    pairs, cuda = config.micro_batch, policy.device.type == "cuda"
+    found = throughput.measure(policy, config, 1, rate)
+    sized = replace(config, policy=hub_ids.get(kind, kind), pairs_per_epoch=pairs)
+    estimate = None if given.small else memory_estimate(sized).get("in all, estimated")
+    shares = {name.replace(", ", " "): share for name, share in found["shares"].items()}
+    row = dict(sampling_steps_per_second=found["sampled_steps_per_second"], micro_batch=pairs)
+    row |= dict(training_steps_per_second=found["trained_steps_per_second"], precision=config.precision)
+    row |= dict(sampling_of_peak=found["of_peak"]["sampling"], training_of_peak=found["of_peak"]["training"])
+    row |= dict(peak_gb=found["peak_memory_gb"], estimated_gb=estimate, seconds=found["seconds_per_epoch"])
+    return row | dict(shares=shares, memory="of the GPU" if cuda else "of the process, imports included")
+
+
+def model_part(kind):
+    "A part that measures one model at every size"
+
+    def part(given):
+        policy = loaded = rate = None
+        for precision, pairs in sizes(given):
+            row = dict(row=f"{precision}, {pairs} pair{'s' * (pairs > 1)} a pass")
+            try:
+                if precision != loaded:
+                    policy = None  # the memory of one before the next
+                    free_memory(given.device)
+                    policy, loaded = random_policy(kind, precision, given), precision
+                    rate = throughput.matrix_rate(policy.device, policy.dtype, 5)
+                with tempfile.TemporaryDirectory() as folder:
+                    row |= model_row(policy, kind, settings(folder, precision, pairs), rate, given)
+            except (torch.OutOfMemoryError, FloatingPointError) as error:
+                row["not_measured"] = first_line(error)
+            free_memory(given.device)  # of the trainer, after the error has let go of it
+            yield row
+
+    return part
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    "Something that may make a run faster: settings, or what is done to policy or trainer before the first epoch"
+
+    settings: dict = field(default_factory=dict)  # of TrainConfig; the row is left out while there is no such field
+    policy: Callable = None  # called with the policy, before there is a trainer
+    trainer: Callable = None  # called with the trainer
+    around: Callable = None  # a context manager around everything
+    precision: str = "bf16"
+    gpu_only: bool = False
+
+
+@contextmanager
+def tf32():
+    "Matrix products of float32 with fewer digits"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def compile_blocks(policy):
+    "Every repeated block of the denoiser, compiled once for all of its kind"
+    policy.denoiser.compile_repeated_blocks(dynamic=False)
+
+
+def fuse_optimizer(trainer):
+    for group in trainer.optimizer.param_groups:
+        group.update(fused=True, foreach=False)
+
+
+options = {
+    "channels last": Option(policy=lambda policy: policy.denoiser.to(memory_format=torch.channels_last)),
+    "fused AdamW": Option(trainer=fuse_optimizer),
+    "TF32": Option(around=tf32, precision="fp32", gpu_only=True),
+    "blocks compiled": Option(policy=compile_blocks, gpu_only=True),
+    "gradient checkpointing": Option(settings=dict(gradient_checkpointing=True)),
+}  # what the table calls it -> how it is switched on; entries whose setting does not exist are passed over
+
+
+def offered(option) -> bool:
+    return set(option.settings) <= {f.name for f in fields(TrainConfig)}
+
+
+def run_with(option, policy, given) -> dict:
+    "Seconds of the first and of the next epoch, and the log-ratio before the first update"
+    with tempfile.TemporaryDirectory() as folder, (option.around or nullcontext)():
+        config = settings(folder, policy_precision(policy), 4 if given.small else 16, **option.settings)
+        if option.policy:
+            option.policy(policy)
+        trainer = trainer_of(policy, config)
+        if option.trainer:
+            option.trainer(trainer)
+        first, *others = [against_reference_loop.seconds(trainer, epoch) for epoch in range(3)]
+        ratio = trainer.log_ratio
+    best = {name: min(other[name] for other in others) for name in first}
+    found = dict(first_epoch=first["epoch"], sampling=best["sampling and scoring"], training=best["training"])
+    found |= dict(log_ratio=ratio["max_before_update"], recomputed=ratio["recomputed"])
+    return dict(found, bound=trainer.log_ratio_bound())
+
+
+def policy_precision(policy) -> str:
+    return next(name for name, dtype in precisions.items() if dtype == policy.dtype)
+
+
+def options_part(given):
+    "Each option on and off, of fresh policies"
+    plain = {}
+    for name, option in options.items():
+        if not offered(option):
+            continue
+        if option.gpu_only and torch.device(given.device).type != "cuda":
+            yield dict(row=name, not_measured="only on a GPU")
+            continue
+        precision = "fp32" if given.small else option.precision
+        try:
+            if precision not in plain:
+                plain[precision] = run_with(Option(), random_policy("sd_turbo", precision, given), given)
+            on, off = run_with(option, random_policy("sd_turbo", precision, given), given), plain[precision]
+            faster = {f"{half}_times_as_fast": off[half] / on[half] for half in ("sampling", "training")}
+            yield dict(row=f"{name}, {precision}", **faster, within_bound=on["log_ratio"] <= on["bound"], **on, off=off)
+        except Exception as error:  # one that fails leaves the others
+            yield dict(row=name, not_measured=f"it failed: {first_line(error)}")
+
+
+# --- against the reference's schedule, and a slow reward -----------------------------------------
+
+
+def reference_part(given):
+    "Ours and theirs, on the same noise"
+    precision, pairs = ("fp32", 2) if given.small else ("bf16", 16)
+    policy = random_policy("sd_turbo", precision, given)
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(folder, precision, pairs, num_steps=4, learning_rate=1e-5)
+        theirs = {f"reference, {n} a pass": n for n in ((1,) if given.small else (1, 2))}
+        theirs = {name: (against_reference_loop.ReferenceLoop, n) for name, n in theirs.items()}
+        loops = {"ours": (Trainer, pairs), **theirs}
+        differences, times = against_reference_loop.measure(policy, config, loops, 1)
+    for name, found in times.items():
+        ratio = found[0]["epoch"] / times["ours"][0]["epoch"]
+        yield dict(row=name, **found[0], ratio=ratio, gradient_difference=differences[name])
+
+
+class Scorer:
+    "The picture tower of CLIP ViT-L/14 with random weights, as aesthetic scorers use it; with --small a tiny one"
+
+    def __init__(self, device, small):
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        whole = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+        narrow = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
+        config = CLIPVisionConfig(image_size=224, patch_size=14, projection_dim=768, **(narrow if small else whole))
+        with torch.device(device):
+            self.tower = CLIPVisionModelWithProjection(config).requires_grad_(False).eval()
+        self.name = "clip_size"
+
+    def __call__(self, images, prompts):
+        pixels = torch.nn.functional.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True)
+        return self.tower(pixel_values=(pixels - 0.45) / 0.27).image_embeds.float().mean(1)
+
+
+def worker_part(given):
+    "An epoch's sampling and scoring, one after the other and at once"
+    precision = "fp32" if given.small else "bf16"
+    policy, reward = random_policy("sd_turbo", precision, given), Scorer(given.device, given.small)
+    sized = dict(num_steps=4, pairs_per_epoch=8, micro_batch=2, rounds=2) if given.small else None
+    sized = sized or dict(num_steps=10, pairs_per_epoch=64, micro_batch=16, rounds=2)
+    found = scoring_worker.compare(policy, reward, SimpleNamespace(policy=policy.name, precision=precision, **sized))
+    seconds = {name: min(found[f"seconds_{name}"]) for name in ("after_each_other", "in_a_thread")}
+    yield dict(row="a reward of CLIP ViT-L's size", **seconds, times_as_fast=found["ratio"], queries=found["queries"])
+
+
+# --- is it right? --------------------------------------------------------------------------------
+
+
+def embedded_run(device, folder, epochs=2, resume=False) -> tuple:
+    "Metrics of each epoch, and the weights of the LoRA"
+    same = dict(num_steps=3, reward="shapes_aesthetic", micro_batch=4, checkpoint_every=1, eval_samples=0)
+    config = settings(
+        folder, "fp32", 8, policy="tiny", epochs=epochs, resume=f"{folder}/run" if resume else None, **same
+    )
+    trainer = trainer_of(load_policy("tiny", device=device), config)
+    trainer.train()
+    lines = [json.loads(line) for line in Path(trainer.folder, "metrics.jsonl").read_text().splitlines()]
+    weights = torch.cat([weight.detach().flatten().cpu() for weight in trainer.parameters])
+    return lines, weights
+
+
+compared = ("reward/mean", "reward/std", "loss", "grad_norm", "diversity")
+
+
+def embedded_part(given):
+    "Here against the CPU; convolutions in TF32, as torch has it, and in float32"
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, weights = embedded_run("cpu", f"{folder}/cpu")
+        ways = {"float32": False} | ({} if given.device == "cpu" else {"torch's default": True})
+        for name, allowed in ways.items():
+            torch.backends.cudnn.allow_tf32 = allowed
+            lines, found = embedded_run(given.device, f"{folder}/{allowed}")
+            worst = {
+                metric: max(abs(a[metric] - b[metric]) / max(abs(b[metric]), 1e-3) for a, b in zip(lines, wanted))
+                for metric in compared
+            }
+            moved = ((found - weights).norm() / weights.norm()).item()
+            yield dict(row=f"{given.device} against cpu, {name}", **worst, weights=moved)
+
+
+def resume_part(given):
+    "At once twice, which tells what the device itself repeats, and with a stop between the epochs"
+    with tempfile.TemporaryDirectory() as folder:
+        lines, weights = embedded_run(given.device, f"{folder}/a")
+        _, again = embedded_run(given.device, f"{folder}/b")
+        embedded_run(given.device, f"{folder}/c", epochs=1)
+        resumed_lines, resumed = embedded_run(given.device, f"{folder}/c", resume=True)
+    same = all(a[name] == b[name] for a, b in zip(lines, resumed_lines) for name in compared)
+    largest = [(other - weights).abs().max().item() for other in (again, resumed)]
+    yield dict(row="the same run twice", largest_difference=largest[0], exact=largest[0] == 0)
+    yield dict(row="stopped and resumed", largest_difference=largest[1], exact=largest[1] == 0, same_metrics=same)
+
+
+@contextmanager
+def sync_mode(mode):
+    "torch's watch over calls that wait for the GPU"
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def guarded(function, mode, found):
+    "Under the watch; what it says goes to `found`"
+
+    def run(*args, **named):
+        said = []
+        try:
+            with sync_mode(mode), warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                return function(*args, **named)
+        except RuntimeError as error:
+            own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name == "sdpo_nb"]
+            place = f"{Path(own[-1].filename).name}:{own[-1].lineno} `{own[-1].line}`" if own else "outside sdpo_nb"
+            found[f"{first_line(error)}, at {place}"] += 1
+            raise
+        finally:
+            for warning in said:
+                if "synchronizing" in str(warning.message):
+                    found[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+
+    return run
+
+
+def sampling_under(trainer, mode) -> Counter:
+    "The steps of the sampler and the network's calls, in all batches of an epoch"
+    import sdpo_nb.trainer as loop
+
+    found, plain = Counter(), loop.sample_trajectories
+    loop.sample_trajectories = guarded(plain, mode, found)
+    try:
+        trainer.sample()
+    except RuntimeError:
+        if not found:
+            raise
+    finally:
+        loop.sample_trajectories = plain
+    return found
+
+
+def update_under(trainer, mode) -> Counter:
+    "Loss and gradient of every update but the first, before which the log-ratio is read"
+    found, rollout = Counter(), first_half(trainer, 0)
+    for number, minibatch in enumerate(updates(trainer, rollout)):
+        for part in minibatch.split(trainer.micro_batch):
+            learn = lambda: trainer.accelerator.backward(part.share * trainer.loss(rollout, part))
+            try:
+                (guarded(learn, mode, found) if number else learn)()
+            except RuntimeError:
+                if not found:
+                    raise
+                return found
+        trainer.norms.append(trainer.optimizer_step())
+    return found
+
+
+def sync_part(given):
+    "Once as an error, which stops at the first, and once as a count by line"
+    if torch.device(given.device).type != "cuda":
+        yield dict(row="sampling and updates", not_measured="only on a GPU")
+        return
+    policy = random_policy("sd_turbo", "bf16", given)
+    for name, under in {"sampling": sampling_under, "updates": update_under}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = settings(folder, "bf16", 8, micro_batch=4, pairs_per_update=4)
+            under(trainer_of(policy, config), "default")  # what happens only once does not count
+            stopped, counted = (under(trainer_of(policy, config), mode) for mode in ("error", "warn"))
+        lines = dict(counted.most_common(12))
+        yield dict(
+            row=name, waits=len(stopped) > 0, first=next(iter(stopped), None), times=counted.total(), lines=lines
+        )
+
+
+# --- parts, limits, goals ------------------------------------------------------------------------
+
+parts = {  # name -> what it does, and its seconds at most on an H200-class GPU
+    "machine": (machine_part, 30),
+    "sd_turbo": (model_part("sd_turbo"), 120),
+    "reference": (reference_part, 75),
+    "sync": (sync_part, 40),
+    "resume": (resume_part, 40),
+    "embedded": (embedded_part, 40),
+    "options": (options_part, 120),
+    "worker": (worker_part, 60),
+    "sdxl_turbo": (model_part("sdxl_turbo"), 120),
+    "flow": (model_part("sana_sprint"), 60),
+}
+
+
+def first_line(error) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def perform(name, given, pipe):
+    "The body of a part's process: rows go into the pipe as they are found"
+    torch.manual_seed(0)
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        pipe.send(describe(given.device))
+        for row in parts[name][0](given):
+            pipe.send(row)
+    except NotMeasured as problem:
+        pipe.send(dict(row=name, not_measured=str(problem)))
+    except BaseException as error:  # a part that fails is a row, too
+        traceback.print_exc()
+        pipe.send(dict(row=name, not_measured=f"it failed: {first_line(error)}"))
+    pipe.close()
+
+
+def show(name, row):
+    "A line of the table"
+    if "not_measured" in row:
+        return print(f"{name:<11} {row['row']:<34} not measured: {row['not_measured']}", flush=True)
+    flat = {**row, **row.get("shares", {})}
+    numbers = {key: value for key, value in flat.items() if key != "row" and not isinstance(value, dict)}
+    written = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()]
+    print(f"{name:<11} {row['row']:<34} {'  '.join(written)}", flush=True)
+
+
+def rows_of(receiver, process, limit):
+    "What a part finds, as it finds it; at the limit its process ends"
+    ends = time.perf_counter() + limit
+    try:
+        while receiver.poll(max(0, ends - time.perf_counter())):
+            yield receiver.recv()
+        process.kill()
+        yield dict(row="the rest", not_measured=f"out of its {limit:.0f} seconds")
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            yield dict(row="the rest", not_measured=f"its process ended with {process.exitcode}")
+
+
+def execute(name, given, limit) -> dict:
+    "Run a part in a process of its own, for `limit` seconds at most; what it found before is kept"
+    started, rows, machine = time.perf_counter(), [], None
+    # a forked process needs no imports, but a GPU cannot be used in one
+    context = multiprocessing.get_context("fork" if given.device == "cpu" and hasattr(os, "fork") else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=perform, args=(name, given, sender))
+    process.start()
+    sender.close()
+    for row in rows_of(receiver, process, limit):
+        if "row" not in row:
+            machine = row
+            continue
+        rows.append(row)
+        show(name, row)
+    process.join()
+    return dict(seconds=time.perf_counter() - started, limit=limit, machine=machine, rows=rows)
+
+
+@dataclass(frozen=True)
+class Goal:
+    "What an H200-class GPU should reach, and how it is read from the rows"
+
+    what: str
+    wanted: float
+    read: Callable  # rows by part -> a number, or None
+    at_least: bool = True
+
+
+def best(part, name, least=False, **where) -> Callable:
+    "Reads the best number of a column among a part's measured rows"
+
+    def read(found):
+        rows = [row for row in found.get(part, []) if all(row.get(key) == value for key, value in where.items())]
+        numbers = [row[name] for row in rows if row.get(name) is not None]
+        return (min if least else max)(numbers) if numbers else None
+
+    return read
+
+
+def total_waits(found):
+    "While sampling and in updates"
+    times = [row["times"] for row in found.get("sync", []) if "times" in row]
+    return sum(times) if times else None
+
+
+def overhead(found):
+    "Share of everything else at the size that trains fastest"
+    rows = [row for row in found.get("sd_turbo", []) if row.get("precision") == "bf16" and "shares" in row]
+    return max(rows, key=lambda row: row["training_steps_per_second"])["shares"]["everything else"] if rows else None
+
+
+goals = [
+    Goal(
+        "SD-Turbo, sampling: share of the bf16 matrix rate", 0.5, best("sd_turbo", "sampling_of_peak", precision="bf16")
+    ),
+    Goal(
+        "SD-Turbo, training: share of the bf16 matrix rate", 0.4, best("sd_turbo", "training_of_peak", precision="bf16")
+    ),
+    Goal("neither network, decoder nor reward: share of an epoch", 0.05, overhead, at_least=False),
+    Goal("times as fast as the reference's schedule", 4.0, best("reference", "ratio", row="reference, 1 a pass")),
+    Goal(
+        "SD-Turbo, LoRA, 1 pair a pass, bf16: gigabytes",
+        8.0,
+        best("sd_turbo", "peak_gb", precision="bf16", micro_batch=1),
+        at_least=False,
+    ),
+    Goal("the host waits inside the loops (times)", 0, total_waits, at_least=False),
+    Goal(
+        "a resumed run's weights differ by", 0, best("resume", "largest_difference", row="stopped and resumed"), False
+    ),
+]
+
+
+def judged(results, given) -> list:
+    "Goals beside what was measured; nothing is measured by a rehearsal"
+    rows = {} if given.device == "cpu" or given.small else {name: part["rows"] for name, part in results.items()}
+    found = []
+    for goal in goals:
+        value = goal.read(rows)
+        met = None if value is None else bool(value >= goal.wanted if goal.at_least else value <= goal.wanted)
+        found.append(dict(goal=goal.what, wanted=goal.wanted, at_least=goal.at_least, measured=value, met=met))
+    return found
+
+
+def describe(device) -> dict:
+    "The machine, as the process of a part sees it"
+    found = machine(SimpleNamespace(device=torch.device(device)))
+    if device != "cpu":
+        found |= dict(
+            memory_gb=torch.cuda.get_device_properties(torch.device(device)).total_memory / 1e9, cuda=torch.version.cuda
+        )
+    return found
+
+
+def arguments(words=None):
+    "What the command line says"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default=None, help="cuda or cpu; without it the GPU, or a small run on the CPU")
+    parser.add_argument("--small", action="store_true", help="narrow models and few sizes: a rehearsal")
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts), help="only these")
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(parts))
+    parser.add_argument(
+        "--micro_batch", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="pairs in a pass, in bf16"
+    )
+    parser.add_argument("--limit", type=float, default=None, help="seconds in all: 600, or 2400 of a rehearsal")
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file; without it in benchmarks/results")
+    given = parser.parse_args(words)
+    if given.device is None:
+        given.device = "cuda" if torch.cuda.is_available() else "cpu"
+        given.small |= given.device == "cpu"
+    given.limit = given.limit or (2400.0 if given.small else 600.0)  # a rehearsal shares its processor
+    given.output = given.output or here / "results" / f"gpu_check{'_rehearsal' * given.small}.json"
+    if given.device == "cpu" and not given.small:
+        parser.error("--device cpu would take hours at full size; add --small.")
+    if given.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device is {given.device!r}, but torch sees no GPU here; use --device cpu --small.")
+    return given
+
+
+def main(words=None):
+    given, started = arguments(words), time.perf_counter()
+    results, told = {}, dict(device=given.device, small=given.small, versions=versions())
+    for name, (_, limit) in parts.items():
+        left = given.limit - (time.perf_counter() - started)
+        if name not in given.parts or name in given.skip:
+            results[name] = dict(rows=[dict(row=name, not_measured="skipped")])
+        elif left < 5:
+            results[name] = dict(rows=[dict(row=name, not_measured=f"out of the {given.limit:.0f} seconds in all")])
+        else:
+            results[name] = execute(name, given, min(limit * (4 if given.small else 1), left))
+            told["machine"] = results[name].pop("machine") or told.get("machine")
+        told |= dict(seconds=time.perf_counter() - started, parts=results, goals=judged(results, given))
+        write_json(given.output, told)
+    print(f"\n{'goal on an H200-class GPU':<58}{'wanted':>10}{'measured':>16}")
+    for goal in read_json(given.output)["goals"]:
+        sign, value = "≥" if goal["at_least"] else "≤", goal["measured"]
+        measured = "not measured" if value is None else f"{value:.3g} {'✓' if goal['met'] else '✗'}"
+        print(f"{goal['goal']:<58}{sign + format(goal['wanted'], 'g'):>10}{measured:>16}")
+    print(f"{told['seconds']:.0f} seconds; all numbers are in {given.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The GPU check's frame: parts with limits of their own, rows that are kept, goals beside what was measured."""
+
+import json
+import time
+import warnings
+
+import gpu_check
+import pytest
+import torch
+
+
+def rehearsal(tmp_path, *words):
+    return ["--device", "cpu", "--small", "--output", str(tmp_path / "check.json"), *words]
+
+
+def rows(tmp_path):
+    found = json.loads((tmp_path / "check.json").read_text())
+    return found, {name: part["rows"] for name, part in found["parts"].items()}
+
+
+def use(monkeypatch, **parts):
+    monkeypatch.setattr(gpu_check, "parts", {name: (part, 1.25) for name, part in parts.items()})
+
+
+def quick(given):
+    yield dict(row="one", seconds=1.0)
+
+
+def slow(given):
+    yield dict(row="before", number=2)
+    time.sleep(60)
+
+
+def failing(given):
+    raise ValueError("this went wrong\nin two lines")
+
+
+def missing(given):
+    raise gpu_check.NotMeasured("there is none")
+    yield
+
+
+def test_every_part_leaves_rows_whatever_happens_to_it(monkeypatch, tmp_path, capfd):
+    use(monkeypatch, quick=quick, slow=slow, failing=failing, missing=missing, skipped=quick)
+    gpu_check.main(rehearsal(tmp_path, "--skip", "skipped"))
+    found, by_part = rows(tmp_path)
+    assert by_part["quick"] == [dict(row="one", seconds=1.0)]
+    assert by_part["slow"] == [dict(row="before", number=2), dict(row="the rest", not_measured="out of its 5 seconds")]
+    assert by_part["failing"][0]["not_measured"] == "it failed: ValueError: this went wrong"
+    assert by_part["missing"][0]["not_measured"] == "there is none"
+    assert by_part["skipped"][0]["not_measured"] == "skipped"
+    assert found["machine"]["cores"] and {"device", "small", "versions", "seconds", "goals"} <= set(found)
+    assert all(goal["measured"] is None for goal in found["goals"]) and "not measured" in capfd.readouterr().out
+
+
+def test_the_limit_of_all_parts_counts(monkeypatch, tmp_path):
+    use(monkeypatch, quick=quick)
+    gpu_check.main(rehearsal(tmp_path, "--limit", "1"))
+    assert rows(tmp_path)[1]["quick"][0]["not_measured"] == "out of the 1 seconds in all"
+
+
+def test_goals_are_read_from_the_rows():
+    given = gpu_check.arguments(["--device", "cpu", "--small"])
+    given.device, given.small = "cuda", False
+
+    def row(pairs, rate, share, **more):
+        shares = {"unet sampling": 1 - share, "everything else": share}
+        speed = dict(training_steps_per_second=rate, sampling_of_peak=rate / 100, training_of_peak=rate / 200)
+        return dict(row="", precision="bf16", micro_batch=pairs, shares=shares, peak_gb=7.5 * pairs, **speed)
+
+    results = {"sd_turbo": dict(rows=[row(1, 20, 0.3), row(32, 60, 0.04), dict(row="x", not_measured="memory")])}
+    results["sync"] = dict(rows=[dict(row="sampling", times=0), dict(row="updates", times=3)])
+    found = [(goal["measured"], goal["met"]) for goal in gpu_check.judged(results, given)]
+    assert found == [(0.6, True), (0.3, False), (0.04, True), (None, None), (7.5, True), (3, False), (None, None)]
+    given.small = True
+    assert all(goal["measured"] is None for goal in gpu_check.judged(results, given))
+
+
+def test_a_full_size_on_a_cpu_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.arguments(["--device", "cpu"])
+    assert "--device cpu would take hours at full size; add --small." in capsys.readouterr().err
+
+
+def test_parameters_are_filled_and_those_of_two_modules_once():
+    with gpu_check.init_empty_weights():
+        network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+    network[2].weight = network[0].weight
+    gpu_check.fill(network, "cpu", torch.bfloat16)
+    assert network[2].weight is network[0].weight and not network[0].weight.requires_grad
+    assert network[0].weight.std().item() == pytest.approx(0.125, rel=0.1)  # 1 / √64
+    assert network[1].weight.eq(1).all() and network[0].bias.eq(0).all() and network[0].bias.dtype == torch.bfloat16
+
+
+def test_options_without_their_setting_are_passed_over():
+    assert gpu_check.offered(gpu_check.Option(settings=dict(gradient_checkpointing=True)))
+    assert not gpu_check.offered(gpu_check.Option(settings=dict(a_setting_of_the_future=True)))
+
+
+@pytest.mark.parametrize("mode", ["error", "warn"])
+def test_what_waits_for_the_gpu_is_counted_by_its_place(monkeypatch, mode):
+    modes, found = [], gpu_check.Counter()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits(x):
+        if mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        warnings.warn("called a synchronizing CUDA operation")
+        warnings.warn("something else")
+        return x
+
+    watched = gpu_check.guarded(waits, mode, found)
+    if mode == "error":
+        with pytest.raises(RuntimeError):
+            watched(1)
+    else:
+        assert watched(1) == 1
+    assert modes == [mode, "default"] and found.total() == 1
+    assert ("outside sdpo_nb" if mode == "error" else "test_gpu_check.py:") in next(iter(found))
