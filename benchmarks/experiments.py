@@ -127,23 +127,30 @@ methods |= few_step_methods
 # The frontier: all for 1,280 queries at most, all with SDPO's treatment of steps but SPO, which has its own.
 one_by_one = dict(pairs_per_epoch=8, pairs_per_update=8)  # trees of four candidates
 cheap = dict(preference_model="reward", candidates=4, **one_by_one)
+free = dict(kl_coefficient=0.0)  # a branch has a penalty unless it is told otherwise
 frontier_methods = {
     "SDPO, T=2": Method("sdpo", dict(num_steps=2)),
     "SDPO, T=10": Method("sdpo"),
     "SDPO, mixed T": Method("sdpo_mixed"),
-    "Branch, T=4": Method("sdpo_branch", dict(num_steps=4)),
-    "Branch, mixed T": Method("sdpo_branch", dict(num_steps=(2, 3, 4))),
-    "Branch, T=4, k=4": Method("sdpo_branch", dict(num_steps=4, candidates=4, **one_by_one)),
-    "Branch late, T=4, k=4": Method("sdpo_branch", dict(num_steps=4, divert_start=1, candidates=4, **one_by_one)),
+    "Branch, T=4": Method("sdpo_branch", dict(num_steps=4, **free)),
+    "Branch, mixed T": Method("sdpo_branch", dict(num_steps=(2, 3, 4), **free)),
+    "Branch, T=4, k=4": Method("sdpo_branch", dict(num_steps=4, candidates=4, **free, **one_by_one)),
+    "Branch late, T=4, k=4": Method(
+        "sdpo_branch", dict(num_steps=4, divert_start=1, candidates=4, **free, **one_by_one)
+    ),
     "SPO cheap, T=4": Method("spo", dict(num_steps=4, **cheap)),
     "SPO cheap, mixed T": Method("spo", dict(num_steps=(2, 3, 4), **cheap)),
     "DDPO, T=2": Method("ddpo", dict(num_steps=2, **shuffled)),
 }
+for name in ("Branch, mixed T", "SPO cheap, T=4", "SDPO, T=2"):  # with a penalty, at the settings searched without it
+    changes = {**frontier_methods[name].changes, "kl_coefficient": 0.3}
+    frontier_methods[f"{name} + KL"] = replace(frontier_methods[name], changes=changes)
 begun = {"SDPO, T=10": 4, "Branch, T=4, k=4": 4, "Branch late, T=4, k=4": 5}  # settings tried; these are not reported
 frontier_seeds = (11, 12, 13, 14, 15)
 five, three = frontier_seeds, frontier_seeds[:3]
 frontier_plan = {  # reward -> setting -> training seeds
     quality: {
+        "Branch, mixed T + KL": five,
         "SPO cheap, T=4": five,
         "Branch, mixed T": five,
         "SDPO, T=2": five,
@@ -151,8 +158,10 @@ frontier_plan = {  # reward -> setting -> training seeds
         "SPO cheap, mixed T": three,
         "Branch, T=4": three,
         "DDPO, T=2": three,
+        "SPO cheap, T=4 + KL": three,
+        "SDPO, T=2 + KL": three,
     },
-    mixture: {"SPO cheap, T=4": three, "Branch, mixed T": three, "SDPO, T=2": three},
+    mixture: dict.fromkeys(("SPO cheap, T=4", "Branch, mixed T", "SDPO, T=2", "Branch, mixed T + KL"), three),
 }
 switched = "Branch, mixed T"  # what the group `switches` changes
 frontier_queries = 1280
@@ -724,8 +733,8 @@ def frontier_search_runs(name, reward) -> list:
 
 
 def frontier_searched(name) -> dict:
-    "The best setting, searched on image quality. Raises SystemExit where the search has not run"
-    tried = frontier_tried(name, quality)
+    "The best setting, searched on image quality without a penalty. Raises SystemExit where the search has not run"
+    tried = frontier_tried(name.removesuffix(" + KL"), quality)
     if not tried:
         raise SystemExit(f"{name} has not been searched; run the group 'frontier_search' first.")
     best = max(tried, key=frontier_number)["config"]
@@ -733,7 +742,8 @@ def frontier_searched(name) -> dict:
 
 
 def frontier_search(seeds):
-    return [run for name in frontier_methods for run in frontier_search_runs(name, quality)]
+    searched_for = [name for name in frontier_methods if not name.endswith(" + KL")]
+    return [run for name in searched_for for run in frontier_search_runs(name, quality)]
 
 
 def frontier(seeds):
@@ -753,7 +763,6 @@ def switches(seeds):
         "KL 30": dict(kl_coefficient=30.0),
         "clip 0.1": dict(clip_range=0.1),
         "trust region 1e-5": dict(clip_range=0.0),
-        "trust region 1e-6": dict(clip_range=0.0),
     }
     found = []
     for seed in frontier_seeds[:1]:

@@ -28,6 +28,7 @@ class BranchConfig(TreeConfig, AdvantageConfig):
     candidates: int = setting(2, "k, drawn at every branching step", low=2, high=64)
     divert_start: int = setting(0, "ordinary steps at first", low=0)
     train_last_step: bool = setting(False, "True lets the last step branch, too, and scores the finished samples")
+    kl_coefficient: float = setting(0.3, "weight of the divergence from the policy before training", low=0, high=1e6)
 
     def branches(self, num_steps):
         return super().branches(num_steps) - (not self.train_last_step)  # what is not trained need not branch

@@ -387,7 +387,6 @@ _sd_turbo = dict(
     pairs_per_epoch=128,
     precision="fp16",
     lora_rank=4,
-    seed=42,
     checkpoint_every=1,
 )
 reward_settings = {  # of the public code: epochs, learning rate, pairs behind an update
@@ -416,6 +415,7 @@ presets = {  # name -> what differs from the defaults of TrainConfig
         pairs_per_epoch=32,
         pairs_per_update=32,
         learning_rate=3e-3,
+        eval_samples=160,
     ),
     **{
         f"sd_turbo_{reward}{suffix}": dict(

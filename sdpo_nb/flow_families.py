@@ -217,7 +217,7 @@ class SD3Policy(FlowPolicy):
 class FluxPolicy(FlowPolicy):
     "A `FluxPipeline` as a policy; where its transformer has a place for it, `guidance_scale` is an input"
 
-    _places = None
+    _token_places = None
 
     @property
     def published_size(self):
@@ -270,10 +270,10 @@ class FluxPolicy(FlowPolicy):
     def places(self, latents):
         "Row and column of every token, `[tokens,3]`; made once for a size"
         (rows, columns), where = latents.shape[2:], (latents.device, self.dtype)
-        if self._places is None or self._places[0] != (rows, columns, *where):
+        if self._token_places is None or self._token_places[0] != (rows, columns, *where):
             made = self.pipeline._prepare_latent_image_ids(1, rows // 2, columns // 2, *where)
-            self._places = (rows, columns, *where), made
-        return self._places[1]
+            self._token_places = (rows, columns, *where), made
+        return self._token_places[1]
 
     def denoise(self, latents, timestep, embedding):  # as `Policy.denoise`
         tokens, places = self.packed(latents.to(self.dtype)), self.places(latents)

@@ -7,7 +7,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/frontier.html.md"""
 # %% auto #0
 __all__ = ['costs', 'FrontierPath', 'frontier_path', 'FrontierPoint', 'gain_at_loss', 'frontier_over_seeds', 'frontier_figure']
 
-# %% ../nbs/36_frontier.ipynb #64794414
+# %% ../nbs/36_frontier.ipynb #5ab33e15
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .evaluate import seed_interval
 from .figures import _NotebookFigure, colors
 
-# %% ../nbs/36_frontier.ipynb #13c1fd24
+# %% ../nbs/36_frontier.ipynb #2729c0f9
 costs = ("epoch", "samples", "reward_queries", "network_calls", "optimizer_steps")
 
 
@@ -32,7 +32,7 @@ class FrontierPath:
     diversity: torch.Tensor  # `[P,S]`, as a share of that before training; NaN where it was not measured
     cost: dict  # name of `costs` -> `[P]`, NaN where it was not counted
 
-# %% ../nbs/36_frontier.ipynb #e1773524
+# %% ../nbs/36_frontier.ipynb #c2ae4dc6
 def _records_by_time(run, prompts):  # a line of an experiment; "trained" or "unseen"
     "epoch -> the records of that time, in order. Raises `ValueError` without a record before and one after training"
     times = {}
@@ -44,7 +44,7 @@ def _records_by_time(run, prompts):  # a line of an experiment; "trained" or "un
         raise ValueError(f"{told}; a path needs an evaluation before training (epoch 0) and one later.")
     return dict(sorted(times.items()))
 
-# %% ../nbs/36_frontier.ipynb #add6184e
+# %% ../nbs/36_frontier.ipynb #78d7c984
 def _by_steps(records, value):  # of one time; "mean", "agreement", "diversity", or one of the `other_rewards`
     "step count -> number. Raises `ValueError` where the value was not measured"
     table = {}
@@ -55,7 +55,7 @@ def _by_steps(records, value):  # of one time; "mean", "agreement", "diversity",
         table |= dict(zip(record["steps"], [torch.nan if number is None else number for number in found]))
     return table
 
-# %% ../nbs/36_frontier.ipynb #474b0fc1
+# %% ../nbs/36_frontier.ipynb #40e13d32
 def frontier_path(
     run: dict,  # a line of an experiment
     prompts: str = "trained",  # or "unseen"
@@ -79,7 +79,7 @@ def frontier_path(
     kept = found["diversity"] / found["diversity"][0]
     return FrontierPath(run["name"], run["seed"], steps, gain, agreement, kept, cost)
 
-# %% ../nbs/36_frontier.ipynb #b8d28ba6
+# %% ../nbs/36_frontier.ipynb #606e7bc4
 @dataclass
 class FrontierPoint:
     "Where a path was stopped"
@@ -104,7 +104,7 @@ def _at(path, place):  # 0 to P-1
         gain=between(path.gain), agreement=between(path.agreement), diversity=between(path.diversity), cost=cost
     )
 
-# %% ../nbs/36_frontier.ipynb #4f2a927b
+# %% ../nbs/36_frontier.ipynb #06caa7a2
 def _crossing(losses, lost):  # `[P,C]`, changes that must not fall below -lost
     "The first place on the path where one of the C changes is lost; None where none ever is"
     for point in range(1, len(losses)):
@@ -115,7 +115,7 @@ def _crossing(losses, lost):  # `[P,C]`, changes that must not fall below -lost
             return point - 1 + share[fallen].min().item()
     return None
 
-# %% ../nbs/36_frontier.ipynb #70509cb4
+# %% ../nbs/36_frontier.ipynb #c85a10ef
 def gain_at_loss(
     path: FrontierPath,
     lost: float = 0.03,  # agreement that may be lost, as a share
@@ -133,7 +133,7 @@ def gain_at_loss(
     best = max(places, key=lambda place: _at(path, place)["gain"].mean().item())
     return FrontierPoint(place=float(best), crossed=end is not None, **_at(path, best))
 
-# %% ../nbs/36_frontier.ipynb #b3317194
+# %% ../nbs/36_frontier.ipynb #0ccf5154
 def frontier_over_seeds(
     runs: list,  # lines of an experiment, all of one setting, N seeds; or their paths
     lost: float = 0.03,  # see `gain_at_loss`
@@ -153,7 +153,7 @@ def frontier_over_seeds(
     found["crossed"] = sum(point.crossed for point in points)  # how many of N lost so much at all
     return found | {name: sum(point.cost[name] for point in points) / len(points) for name in costs}
 
-# %% ../nbs/36_frontier.ipynb #92e38e65
+# %% ../nbs/36_frontier.ipynb #052ee381
 def _draw_paths(axis, paths, color, label, of):  # all of one setting; what to draw of `[P,S]`
     "Thin lines for seeds and a thick one for their mean, as far as all go"
     lines = [(100 * path.agreement.mean(1), of(path.gain)) for path in paths]
@@ -163,7 +163,7 @@ def _draw_paths(axis, paths, color, label, of):  # all of one setting; what to d
     x, y = (torch.stack([line[i][:together] for line in lines]).mean(0) for i in (0, 1))
     axis.plot(x, y, "o-", color=color, lw=2, ms=3, label=label)
 
-# %% ../nbs/36_frontier.ipynb #f83b616d
+# %% ../nbs/36_frontier.ipynb #faf7a631
 def _draw_number(axis, paths, color, lost, column):  # a column of the S step counts; None: their mean
     "A square with a bar where so much agreement is lost: the number over seeds and its interval"
     found = frontier_over_seeds(paths, lost)
@@ -172,7 +172,7 @@ def _draw_number(axis, paths, color, lost, column):  # a column of the S step co
     look = dict(marker="s", ms=7, capsize=4, color=color, mec="white")
     axis.errorbar([100 * found["agreement"].mean()], [mean], [width], **look)
 
-# %% ../nbs/36_frontier.ipynb #0bf6d5ef
+# %% ../nbs/36_frontier.ipynb #f6aaa6f4
 def frontier_figure(
     settings: dict,  # label -> runs of one setting, or their paths
     lost: float = 0.03,  # where the numbers are taken

@@ -47,7 +47,7 @@ recipes = {  # name -> Recipe
 }
 recipes["rebel"] = replace(recipes["prdp"], clip_range=0.0)
 # several actions from one state, and their own rewards: `sdpo_nb.branch`
-recipes["sdpo_branch"] = replace(recipes["sdpo"], num_steps=4, settings="BranchConfig")
+recipes["sdpo_branch"] = replace(recipes["sdpo"], num_steps=(2, 3, 4), settings="BranchConfig")
 # sampling and comparing: `sdpo_nb.spo`
 recipes["spo"] = replace(recipes["d3po"], beta=10.0, settings="SPOConfig")
 # no policy gradient at all: `sdpo_nb.lasro`

@@ -1,4 +1,4 @@
-"""One page about a run that can be mailed, a card that says what a LoRA is, and the way to the hub.
+"""One page about a run that can be sent by mail, a card that describes the LoRA, and the upload to the hub.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/report.html.md"""
 

@@ -156,7 +156,7 @@ def test_two_processes_learn_what_one_does(branch, mixed, pipeline, two_processe
         (dict(num_steps=1), "num_steps is 1 with divert_start=0 and train_last_step=False, which leaves no step whose"),
         (dict(num_steps=[4, 1]), "num_steps is 1 with divert_start=0"),
         (dict(num_steps=4, divert_start=3), "num_steps is 4 with divert_start=3"),
-        (dict(divert_start=4), "divert_start is 4; give a whole number from 0 to 3"),
+        (dict(divert_start=4), "divert_start is 4; give a whole number from 0 to 1"),
         (dict(candidates=1), "candidates is 1; give a whole number from 2 to 64"),
         (dict(min_count=64), "min_count is 64, more than buffer_size 32 can hold"),
         (dict(recipe="sdpo"), "recipe is 'sdpo', which goes with TrainConfig, not BranchConfig"),

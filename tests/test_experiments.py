@@ -181,15 +181,14 @@ def test_a_line_is_copied_only_between_groups_that_measure_alike(results):
     assert experiments.copy_lines([one]) == [] and experiments.lines("frontier")[0]["group"] == "frontier"
 
 
-def test_switches_are_runs_of_their_own_and_two_trust_regions_are_not_one(results):
+def test_switches_are_runs_of_their_own(results):
     note(results, experiments.frontier_search_runs(experiments.switched, experiments.quality)[0], 0.9)
     runs = experiments.switches([])
-    assert len({(run.name, run.key) for run in runs}) == len(runs) == 5
-    near, far = [run for run in runs if run.bound and run.config.seed == runs[0].config.seed]
-    assert near.key == far.key and {near.bound, far.bound} == {1e-5, 1e-6}
-    assert experiments.trainer_class(far).bound == far.bound
-    note(results, near)
-    assert far in experiments.copy_lines([near, far]) and experiments.missing([near, far]) == [far]
+    assert len({(run.name, run.key) for run in runs}) == len(runs) == 4
+    (far,) = [run for run in runs if run.bound]
+    assert far.bound == experiments.trainer_class(far).bound == 1e-5
+    note(results, experiments.Run("switches", "another bound", far.config, 1e-6))
+    assert far in experiments.copy_lines([far]) and experiments.missing([far]) == [far]
 
 
 def test_which_pictures_agree_is_kept_as_digits():
@@ -223,7 +222,7 @@ def test_a_run_of_the_frontier_is_measured_on_its_way_and_ends_where_it_lost_muc
     assert [(e["epoch"], e["network_calls"]) for e in whole["evaluations"]] == [(0, 0), (1, 96), (2, 192), (3, 288)]
     monkeypatch.setattr(experiments, "lost_enough", -1.0)
     ended = experiments.execute(experiments.Run("frontier_search", "SDPO, T=2", short))
-    assert len(ended["metrics"]) == 1 and ended["evaluations"] == whole["evaluations"][:2]
+    assert len(ended["metrics"]) == 1 and str(ended["evaluations"]) == str(whole["evaluations"][:2])  # some NaN
 
 
 def test_numbers_are_shortened_and_nothing_else():

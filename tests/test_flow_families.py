@@ -250,7 +250,7 @@ def test_every_recipe_trains_every_family(policy, tmp_path, recipe):
         fields |= dict(num_steps=2, pretrain_prompts=2, pretrain_steps=2, surrogate_steps=2, generator_steps=2)
     before = policy.sample(PROMPTS[:1], 2, seeds=[0], return_latents=True)
     metrics = trainer(policy, tmp_path / "run", method_trainer(recipe), **fields).train()
-    assert metrics["epoch"] == 2 and metrics.get("log_ratio/max_before_update", 0) < 1e-6
+    assert metrics["epoch"] == 2 and metrics.get("log_ratio/max_before_update", 0) < 1e-5
     after = policy.sample(PROMPTS[:1], 2, seeds=[0], return_latents=True)
     assert after.isfinite().all() and not torch.equal(before, after)
 
@@ -270,7 +270,6 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(policy, tmp_path):
 def test_two_processes_are_one(folders, two_processes, tmp_path, kind):
     code = f"""
         from sdpo_nb.models import load_policy
-from sdpo_nb.plan import memory_estimate, model_sizes, plan_text
         from sdpo_nb.trainer import TrainConfig, Trainer
         policy = load_policy({str(folders[kind])!r}, device="cpu")
         sizes = dict(num_steps=3, epochs=2, pairs_per_epoch=4, micro_batch=1, eval_samples=0, learning_rate=1e-3)

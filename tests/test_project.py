@@ -83,7 +83,7 @@ GROUPS = {
     "Appendix": "09",
 }
 LEARN = [NBS / name for section in list(GROUPS)[:3] for name in load_sidebar(section)]
-REFERENCE = "22 23 24 25 27 28 29 32 33 35".split()  # numbers of pages to look things up in: no exercises
+REFERENCE = "22 23 24 25 27 32 33 35".split()  # numbers of pages to look things up in: no exercises
 CHAPTERS = [path for path in LEARN if path.name[:2] not in REFERENCE]
 MORE = ["41_spo", "43_lasro", "54_scorers", "60_baselines"]  # they have exercises, too
 EXERCISES = [*CHAPTERS, *(NBS / f"{name}.ipynb" for name in MORE)]
