@@ -64,14 +64,20 @@ def _intended_recipe(
                 return found["recipe"]
 
 # %% ../nbs/27_request.ipynb #5f90b188
+def _method_source(recipe: str) -> str:
+    "The text of a method's module, and of the one whose settings it extends: to import them takes seconds"
+    text = Path(find_spec(_methods[recipe].partition(":")[0]).origin).read_text("utf-8")
+    trees = find_spec("sdpo_nb.tree").origin
+    return text + Path(trees).read_text("utf-8") * ("(TreeConfig" in text)
+
+
 def _refuse_others(words: list, kind: type, recipe: str):
     "Raise ValueError for a flag that only other methods obey"
     names = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     for name in sorted(names - {f.name for f in fields(kind)}):
         check_names({name: None, "recipe": recipe}, kind, None)
         declared = re.compile(rf"^    {re.escape(name)}: .*= setting\(", re.MULTILINE)
-        modules = {other: find_spec(place.partition(":")[0]).origin for other, place in _methods.items()}
-        if owners := [other for other, path in modules.items() if declared.search(Path(path).read_text("utf-8"))]:
+        if owners := [other for other in _methods if declared.search(_method_source(other))]:
             raise not_obeyed(name, owners, recipe or kind.recipe)
 
 # %% ../nbs/27_request.ipynb #c6271b1d

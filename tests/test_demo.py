@@ -39,7 +39,7 @@ def test_committed_runs_are_of_this_preset_and_hold_the_bar(path):
     assert key_of({**found["config"], "seed": 0}) == key_of(asdict(preset_config("tiny", seed=0)))
     gains, lost = gains_and_losses(found["evaluation"])
     assert min(gains) >= 1, gains
-    assert max(lost) <= 5, lost  # of a single run, whose 80 or 160 pairs leave an error of 1 to 2
+    assert round(max(lost), 3) <= 5, lost  # of a single run, whose 80 or 160 pairs leave an error of 1 to 2
 
 
 def test_at_most_three_points_of_agreement_are_lost_over_the_seeds():

@@ -494,5 +494,5 @@ def test_the_command_line_trains_and_evaluates_at_another_size(folders, tmp_path
     with Image.open(tmp_path / "cat.png") as picture:
         assert 48 <= min(picture.size)
     capsys.readouterr()
-    assert train_command(["tiny", *words.split(), "--overwrite", "true", "--size", "50"]) == 1
+    assert train_command(["tiny", *words.split(), "--overwrite", "true", "--size", "50"]) == 2
     assert "size is 50; give a multiple of 16 pixels" in capsys.readouterr().err

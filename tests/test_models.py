@@ -401,9 +401,9 @@ def test_broken_folders(damaged, damage, message):
 
 def test_other_classes_are_refused_before_their_weights_are_read(damaged):
     index = damaged / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtAlphaPipeline"))
     shutil.rmtree(damaged / "unet")
-    with pytest.raises(ValueError, match="is a FluxPipeline, .*choose a StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match="is a PixArtAlphaPipeline, .*choose a StableDiffusionPipeline"):
         load_policy(damaged)
 
 
