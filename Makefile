@@ -50,7 +50,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sdpo-train tiny --output_dir runs/demo
 
 test: $(VENV)/.installed-dev
-	@$(SAY) "About nine minutes on two cores"
+	@$(SAY) "About eleven minutes on two cores"
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
