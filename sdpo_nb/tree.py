@@ -264,7 +264,7 @@ class TreeTrainer(Trainer):
         return branching_steps(self.sampler, self.config.divert_start)
 
     def setup_credit(self):
-        "Nothing here"
+        "Nothing is remembered between epochs, unless a subclass has a normaliser"
 
     def use_steps(self, num_steps):
         super().use_steps(num_steps)

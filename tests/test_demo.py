@@ -47,6 +47,17 @@ def test_at_most_three_points_of_agreement_are_lost_over_the_seeds():
     assert max(map(mean, zip(*losses))) <= 3, losses
 
 
+def test_the_front_page_tells_these_numbers():
+    "Its sentence about the least gain and the lost agreement is typed by hand"
+    found = [gains_and_losses(read_json(path)["evaluation"]) for path in RESULTS]
+    least, lost = min(min(gains) for gains, _ in found), [losses for _, losses in found]
+    means = [-mean(losses) for losses in zip(*lost)]
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"at least {least:.2f} standard deviations at every number of steps" in page
+    assert f"Agreement changes by −{-min(means):.1f} to +{max(means):.1f} points in the mean of the three" in page
+    assert f"the largest loss in a single run is {max(map(max, lost)):.0f} points" in page
+
+
 def test_the_evaluation_that_comes_with_the_package_is_that_of_the_demo(tmp_path):
     "It is found for the demo's settings, and what it says is what the model does: 24 pairs at one step"
     config = preset_config("tiny", output_dir=str(tmp_path))
