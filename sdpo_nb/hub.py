@@ -41,7 +41,7 @@ _one_reader = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # lets transformers read nothing
 def quiet_loading(
     bars: bool = False,  # keep the progress bars, for what is downloaded?
 ):
-    "No progress bars and no notes while something loads. Every process reads its own weights."
+    "No progress bars and no messages while something loads. Every process reads its own weights."
     shared, names = os.environ.get(_one_reader), ("diffusers.utils.logging", "transformers.utils.logging")
     libraries = [sys.modules[name] for name in names if name in sys.modules]
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
@@ -124,7 +124,7 @@ def complaint(
 
 # %% ../nbs/01_hub.ipynb #5eb22e96
 def _problem(place, error, revision):
-    "What `error`, or the layer below it that knows, means for whoever wanted to load `place`"
+    "A sentence for `error`, or for the error that caused it, about loading `place`"
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -167,7 +167,7 @@ def explained(
 def looks_local(
     place: str | os.PathLike,  # a folder, a file or a hub id
 ) -> bool:
-    "Can this be a path only? An id is 'owner/model'; where a folder 'owner' lies here, or a file is named, it is none."
+    "Must this be a path? An id is 'owner/model'; it is none if a folder 'owner' exists here, or a file is named."
     name = str(place)
     if isinstance(place, os.PathLike) or name.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return True
@@ -178,7 +178,7 @@ def local_path(
     place: str | os.PathLike,  # a folder, a file or a hub id
     asker: str = "",  # which setting named it
 ) -> Path | None:  # None for a hub id
-    "Where something lies on this machine. Raises `OSError` where a path leads nowhere."
+    "A local path. Raises `OSError` if it does not exist."
     path = Path(place).expanduser()
     if path.exists():
         return path
@@ -205,7 +205,7 @@ def _chosen_revision(
     place: str | os.PathLike,  # a folder, a file or a hub id
     revision: str | None,  # what was asked for
 ) -> str:  # for the hub
-    "What was asked for, or the commit that is pinned, or main."
+    "The given revision, or the pinned commit, or main."
     return revision or pinned_commits.get(str(place), "main")
 
 # %% ../nbs/01_hub.ipynb #cfc49f4f
@@ -215,7 +215,7 @@ def find_file(
     asker: str = "",  # which setting named the place
     revision: str | None = None,  # on the hub; None: the pinned commit, or main
 ) -> Path:  # of a file
-    "One file of raw weights, downloaded if need be. Raises `OSError` where it cannot be had."
+    "One file of raw weights, downloaded if necessary. Raises `OSError` if it cannot be read or downloaded."
     path, revision = local_path(place, asker), _chosen_revision(place, revision)
     if path is None:
         with explained(place, asker, revision):
@@ -286,13 +286,14 @@ def load_pretrained(
     place: str | os.PathLike,  # a folder or hub id in transformers' layout
     asker: str = "",  # which setting named it
     revision: str | None = None,  # on the hub; None: the pinned commit, or main
+    **options,  # for the class, such as another dtype
 ) -> nn.Module:  # in float32, complete
     "A network that is published in transformers' own layout. Raises `OSError`."
     path, revision = local_path(place, asker), _chosen_revision(place, revision)
     with explained(place, asker, revision):
         if path:
             check_weight_files(path)
-        network, report = kind.from_pretrained(path or place, revision=revision, **_strictly)
+        network, report = kind.from_pretrained(path or place, revision=revision, **_strictly | options)
     _check_complete(report, place, asker)
     return network
 
@@ -303,11 +304,11 @@ def build_network(
     state: dict,  # tensors under transformers' names
     place: str | os.PathLike,  # where they came from
     asker: str = "",  # which setting named it
-    **options,  # for the class
+    **options,  # for the class, such as another dtype
 ) -> nn.Module:  # in float32, complete
     "A network of transformers with weights from elsewhere; no random number is drawn. Raises `OSError`."
     with explained(place, asker):
-        network, report = kind.from_pretrained(None, config=config, state_dict=state, **_strictly, **options)
+        network, report = kind.from_pretrained(None, config=config, state_dict=state, **_strictly | options)
     _check_complete(report, place, asker)
     left = sorted(name for name in report["unexpected_keys"] if ".layer" in name)
     if left:
@@ -366,7 +367,7 @@ clip_std = (0.26862954, 0.26130258, 0.27577711)
 def _to_bytes(
     pixels: torch.Tensor,  # any shape, near [0,1]
 ) -> torch.Tensor:  # multiples of 1/255 in [0,1]
-    "Cut off and round to 8 bits; the gradient passes as if nothing had been rounded."
+    "Clip and round to 8 bits; the gradient ignores the rounding."
     pixels = pixels.clamp(0, 1)
     return pixels + ((pixels * 255 + 0.5).floor() / 255 - pixels).detach()
 

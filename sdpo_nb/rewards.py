@@ -437,14 +437,12 @@ class _ShapesAlignment:
         return 10 * (self.model.to(images.device).embed_images(world_sized(images)) * captions).sum(1)
 
 # %% ../nbs/15_rewards.ipynb #619d7476
-def _large_reward(name):
-    "What makes a reward of `sdpo_nb.scorers`, from its own options; that module is imported when somebody asks."
-
-    def make(**options):
-        return _build_reward(importlib.import_module("sdpo_nb.scorers").scorers[name], name, options)
-
-    return make
+def _large_reward(module, name):
+    "What makes a reward of `scorers` or `scorers_2026`, from its own options; the module is imported on demand."
+    return lambda **options: _build_reward(importlib.import_module(f"sdpo_nb.{module}").scorers[name], name, options)
 
 
-for name in ("aesthetic", "imagereward", "hpsv2", "hpsv2.1", "pickscore", "clipscore"):
-    register_reward(name, _large_reward(name))
+_large = dict(scorers="aesthetic imagereward hpsv2 hpsv2.1 pickscore clipscore", scorers_2026="siglip2 vqascore hpsv3")
+for module, names in _large.items():
+    for name in names.split():
+        register_reward(name, _large_reward(module, name))

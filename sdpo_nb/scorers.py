@@ -52,11 +52,12 @@ class Scorer:
         image_size: int,  # of the square that it reads
         chunk: int = 16,  # pictures at a time
         device: str | torch.device | None = None,  # None: wherever the pictures are
+        dtype: torch.dtype | None = torch.float32,  # None: as the network is
     ):
         if not isinstance(chunk, int) or chunk < 1:
             problem = f"chunk={chunk!r} is no number of pictures: give an integer of at least 1."
             raise ValueError(f"reward {name!r}, {problem}")
-        self.name, self.network = name, network.float().requires_grad_(False).eval()
+        self.name, self.network = name, (network.to(dtype) if dtype else network).requires_grad_(False).eval()
         self.image_size, self.chunk, self.device, self._prompts = image_size, chunk, device, {}
 
     def __call__(self, images, prompts):
@@ -65,9 +66,11 @@ class Scorer:
         scores = []
         for first in range(0, len(images), self.chunk):
             chosen = slice(first, first + self.chunk)
-            pixels = clip_normalize(clip_pixels(images[chosen].to(device), self.image_size))
-            scores.append(self.score(pixels, list(prompts[chosen])))
+            scores.append(self.score(self.prepare(images[chosen].to(device)), list(prompts[chosen])))
         return torch.cat(scores).to(images.device)
+
+    def prepare(self, images) -> torch.Tensor:  # `[B,3,H,W]` in [0,1] to what the network reads
+        return clip_normalize(clip_pixels(images, self.image_size))
 
     def remember(self, prompts, encode) -> list:  # one result a prompt, from `encode(prompt)` or from memory
         return remember(self._prompts, prompts, encode)
