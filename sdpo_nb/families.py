@@ -94,11 +94,11 @@ class ConsistencyPolicy(Policy):
         width, scale = self.denoiser.config.time_cond_proj_dim, (self.guidance_scale or self.default_guidance) - 1.0
         if width is None:
             return None
-        key = batch_size, scale, self.device, self.dtype
-        if self._embedded_scale[0] != key:  # made on the CPU: once, as a GPU waits for it
-            made = self.pipeline.get_guidance_scale_embedding(torch.full((batch_size,), scale), embedding_dim=width)
+        key = scale, self.device, self.dtype
+        if self._embedded_scale[0] != key:  # made on the CPU: once, whatever the batch, as a GPU waits for it
+            made = self.pipeline.get_guidance_scale_embedding(torch.tensor([scale]), embedding_dim=width)
             self._embedded_scale = key, made.to(self.device, self.dtype)
-        return self._embedded_scale[1]
+        return self._embedded_scale[1].expand(batch_size, -1)
 
     def conditioning(
         self,

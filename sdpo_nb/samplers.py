@@ -6,7 +6,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/samplers.html.md"""
 
 # %% auto #0
 __all__ = ['gaussian_log_prob', 'DenoisingStep', 'check_shapes', 'Sampler', 'few_step_timesteps', 'check_num_steps', 'make_ddim',
-           'DDIMSampler', 'LCMSampler', 'FlowSampler', 'TrigFlowSampler', 'make_sampler']
+           'DDIMSampler', 'LCMSampler', 'TCDSampler', 'FlowSampler', 'TrigFlowSampler', 'make_sampler']
 
 # %% ../nbs/11_samplers.ipynb #26f74187
 import copy
@@ -15,7 +15,7 @@ import warnings
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SCMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SCMScheduler, TCDScheduler
 
 # %% ../nbs/11_samplers.ipynb #a3ad5516
 def gaussian_log_prob(
@@ -226,7 +226,7 @@ def _solve(
 
 # %% ../nbs/11_samplers.ipynb #c4ca01f5
 def _check_ddim(scheduler, eta, prev_timestep):
-    "One sentence for each way of asking for a step that does not exist"
+    "Raise ValueError for a step that does not exist"
     if isinstance(scheduler, LCMScheduler) or not hasattr(scheduler, "final_alpha_cumprod"):
         raise ValueError(
             f"scheduler is a {type(scheduler).__name__}, which has no DDIM step; give make_ddim(scheduler) "
@@ -283,13 +283,7 @@ class DDIMSampler(Sampler):
 class LCMSampler(Sampler):
     "Steps of a latent consistency model (arXiv 2310.04378): a skip connection, and only fresh noise"
 
-    def __init__(
-        self,
-        scheduler: LCMScheduler,  # set to T steps
-        *,
-        eta: float = 1.0,  # must be 1
-        **tables,  # dtype and device
-    ):
+    def __init__(self, scheduler, *, eta=1.0, **tables):  # an LCMScheduler set to T steps; 1; dtype and device
         _check_config(scheduler.config, type(scheduler).__name__)
         if eta != 1:
             raise ValueError(f"eta is {eta}, but a consistency model always draws fresh noise; use 1.")
@@ -313,9 +307,21 @@ class LCMSampler(Sampler):
         size = scaled**2 + self.data_std**2
         return self.data_std**2 / size * x + scaled / size**0.5 * pred_x0, pred_noise
 
+# %% ../nbs/11_samplers.ipynb #3db9ed3f
+class TCDSampler(DDIMSampler):
+    "Steps of trajectory consistency distillation (arXiv 2402.19159): down to a time in between, then fresh noise"
+
+    def tables(self, timesteps, dtype):
+        alphas, after = self.alphas.to("cpu", dtype), torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+        between = alphas[torch.floor((1 - self.eta) * after).long()]
+        now, after, self.clip = alphas[timesteps], alphas[after], 0  # `TCDScheduler` never clips
+        std = (1 - after / between) ** 0.5
+        kept = (1 - after - std**2).clamp(min=0) ** 0.5
+        return now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5, std, kept
+
 # %% ../nbs/11_samplers.ipynb #941c369b
 def _check_flow(sigmas, eta, rule):
-    "One sentence for noise levels that do not fall from at most 1 to 0, and for settings out of range"
+    "Raise ValueError unless noise levels fall from at most 1 to 0 and the settings are in range"
     if sigmas.ndim != 1 or len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] != 0:
         shown = [round(sigma, 4) for sigma in sigmas.flatten()[:8].tolist()]
         raise ValueError(f"sigmas is {shown}; give at least two noise levels that fall from at most 1 to exactly 0.")
@@ -391,12 +397,12 @@ def _ddim_sampler(scheduler, num_steps, eta, prev_timestep, timesteps=None):
     return DDIMSampler(ddim, timesteps, eta=eta, prev_timestep=prev_timestep, listed=timesteps is not None)
 
 
-def _lcm_sampler(scheduler, num_steps, eta, prev_timestep, timesteps=None):
-    "The steps of the stock pipeline; its schedule has one end only"
-    lcm = LCMScheduler.from_config(scheduler.config)
-    few_step_timesteps(lcm, num_steps)
-    lcm.timesteps = lcm.timesteps if timesteps is None else timesteps
-    return LCMSampler(lcm, eta=eta)
+def _consistency_sampler(scheduler, num_steps, eta, prev_timestep, timesteps=None):
+    "The steps of the stock pipeline; these schedules have one end only"
+    own = type(scheduler).from_config(scheduler.config)
+    few_step_timesteps(own, num_steps)
+    own.timesteps = own.timesteps if timesteps is None else timesteps
+    return (TCDSampler if isinstance(own, TCDScheduler) else LCMSampler)(own, eta=eta)
 
 # %% ../nbs/11_samplers.ipynb #7124948f
 def _flow_sampler(scheduler, num_steps, eta, prev_timestep, timesteps=None):
@@ -419,7 +425,8 @@ def _trig_sampler(scheduler, num_steps, eta, prev_timestep, timesteps=None):
 
 # %% ../nbs/11_samplers.ipynb #b46f4a50
 _schedulers = {  # class of a scheduler -> what makes its sampler; others have to have betas and get DDIM
-    LCMScheduler: _lcm_sampler,
+    LCMScheduler: _consistency_sampler,
+    TCDScheduler: _consistency_sampler,
     FlowMatchEulerDiscreteScheduler: _flow_sampler,
     SCMScheduler: _trig_sampler,
 }

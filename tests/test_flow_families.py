@@ -496,6 +496,41 @@ def test_the_command_line_trains_and_evaluates_at_another_size(folders, tmp_path
     )
     with Image.open(tmp_path / "cat.png") as picture:
         assert 48 <= min(picture.size)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    told, space = code.replace('"lora"', repr(str(tmp_path / "run" / "lora"))), {}
+    with quiet_loading():
+        exec(told, space)  # what the card tells others to do
+    assert space["image"].size == (48, 48) and space["pipe"].vae_scale_factor * 2 == 16
     capsys.readouterr()
     assert train_command(["tiny", *words.split(), "--overwrite", "true", "--size", "50"]) == 2
     assert "size is 50; give a multiple of 16 pixels" in capsys.readouterr().err
+
+
+# --- the page
+
+
+def covered(test):
+    "Family -> ✓ or slow, from the marks of a test"
+    slow = {mark.name for mark in test.pytestmark} >= {"slow"}
+    found = {}
+    for mark in test.pytestmark:
+        if mark.name == "parametrize" and {"policy", "kind"} & {*mark.args[0].replace(" ", "").split(",")}:
+            for value in mark.args[1]:
+                later = slow or any(m.name == "slow" for m in getattr(value, "marks", ()))
+                kind = getattr(value, "values", value)
+                found[kind if isinstance(kind, str) else kind[0]] = "slow" if later else "✓"
+    return found
+
+
+def test_the_table_of_the_page_is_true():
+    "nbs/56_flow_families.ipynb: which property is tested for which family"
+    cells = read_json(Path(__file__).parent.parent / "nbs" / "56_flow_families.ipynb")["cells"]
+    (page,) = ["".join(c["source"]) for c in cells if "| property | test |" in "".join(c["source"])]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    assert rows[0][2:] == ["SD3.5-turbo", "FLUX.1-schnell", "Z-Image-Turbo", "SANA-Sprint"] and len(rows) > 15
+    for _, name, *marks in rows[1:]:
+        if name != "the table above":  # measured in the page itself
+            found = covered(globals()[f"test_{name.strip('`')}"])
+            assert marks == [found.get(kind, "–") for kind in KINDS], name

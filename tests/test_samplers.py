@@ -11,9 +11,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SCMScheduler,
+    TCDScheduler,
 )
 
-from sdpo_nb.samplers import DDIMSampler, FlowSampler, LCMSampler, Sampler, TrigFlowSampler
+from sdpo_nb.samplers import DDIMSampler, FlowSampler, LCMSampler, Sampler, TCDSampler, TrigFlowSampler
 from sdpo_nb.samplers import few_step_timesteps, make_ddim, make_sampler
 
 LEVELS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -50,6 +51,12 @@ def lcm(num_steps, **options):
     return LCMSampler(scheduler, **options)
 
 
+def tcd(num_steps, **options):
+    scheduler = TCDScheduler(**LEVELS)
+    few_step_timesteps(scheduler, num_steps)
+    return TCDSampler(scheduler, **options)
+
+
 FAMILIES = {
     "ddim": ddim,
     "ddim half": lambda T, **o: ddim(T, eta=0.5, **o),
@@ -58,6 +65,8 @@ FAMILIES = {
     "flow ddim": lambda T, **o: flow(T, rule="ddim", **o),
     "trig": trig,
     "lcm": lcm,
+    "tcd": tcd,
+    "tcd .3": lambda T, **o: tcd(T, eta=0.3, **o),
 }
 
 
@@ -78,7 +87,7 @@ def output_for(sampler, name, clean, noise, i):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_perfect_network_keeps_every_state_on_the_schedule(name, num_steps):
     "From x = a·x0 + s·ε the step must make a'·x0 plus noise of size s', and predict x0 and ε"
-    num_steps = min(num_steps, 50) if name == "lcm" else num_steps  # it was distilled on 50 steps
+    num_steps = min(num_steps, 50) if name[:3] in ("lcm", "tcd") else num_steps  # distilled on 50 steps
     sampler = FAMILIES[name](num_steps, dtype=torch.float64)
     steps = torch.tensor(sorted({0, num_steps // 2, num_steps - 1}))
     clean, noise, fresh = (randn(len(steps), 4, 8, 8, seed=seed, dtype=torch.float64) for seed in range(3))
@@ -231,6 +240,22 @@ def test_trigflow_equals_stock_diffusers(num_steps):
         close(ours.pred_x0, theirs.pred_original_sample, 1e-5)
         close(ours.prev_sample, theirs.prev_sample, 1e-5)
         x = theirs.prev_sample
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_trajectory_consistency_equals_stock_diffusers(eta, prediction_type):
+    stock = TCDScheduler(**LEVELS, prediction_type=prediction_type)
+    for num_steps in (1, 2, 3, 7, 50):
+        stock.set_timesteps(num_steps)
+        sampler, x = make_sampler(stock, num_steps, eta=eta), randn(2, 4, 8, 8)
+        for i, timestep in enumerate(stock.timesteps[:16]):
+            output = randn(2, 4, 8, 8, seed=i)
+            theirs = stock.step(output, timestep, x, eta=eta, generator=torch.Generator().manual_seed(i)).prev_sample
+            close(sampler.step(output, x, i, generator=torch.Generator().manual_seed(i)).prev_sample, theirs, 1e-4)
+            x = theirs
+    listed = make_sampler(stock, 3, eta=eta, timesteps=[999, 500, 100])
+    assert listed.timesteps.tolist() == [999, 500, 100] and listed.has_density.tolist() == [eta > 0, eta > 0, False]
 
 
 def test_a_scheduler_that_shifts_twice_is_followed_only_when_it_is_asked():
