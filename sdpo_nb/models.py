@@ -57,12 +57,12 @@ class Policy(TrainablePipeline):
         cls,
         dtype: torch.dtype,  # that was asked for
     ) -> dict:  # of each part of the pipeline, as diffusers reads it
-        "In which types to read the weights: the autoencoder's are not rounded before it has said what it can stand"
+        "The types in which weights are read; the autoencoder's stay in float32 until its configuration is known"
         return {"default": dtype, **({"vae": torch.float32} if dtype == torch.float16 else {})}
 
     @staticmethod
     def place(pipeline, device):
-        "Put the networks where they work"
+        "Move the networks to their devices"
         pipeline.to(device)
 
     def __repr__(self):
@@ -104,7 +104,7 @@ class Policy(TrainablePipeline):
         eta: float = 1.0,  # 0 deterministic … 1 the process SDPO trains on
         prev_timestep: str = "diffusers",  # or "reference", for DDIM's last step
     ) -> Sampler:  # on the policy's device
-        "The steps that are trained. Raises `ValueError` where the model has none, or not so many"
+        "The sampler that is trained. Raises `ValueError` if the model has none, or not so many steps"
         with warnings.catch_warnings():
             if self._warned:  # that the spacing is another than the published one is said once
                 warnings.simplefilter("ignore")
@@ -121,16 +121,17 @@ policy_classes = {
     "FluxPipeline": "sdpo_nb.flow_families:FluxPolicy",
     "SanaSprintPipeline": "sdpo_nb.flow_families:SanaSprintPolicy",
     "ZImagePipeline": "sdpo_nb.flow_families:ZImagePolicy",
+    "tiny_flow": "sdpo_nb.flow_families:EvenSD3Policy",  # an embedded one may have a class of its own
 }
 precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _policy_class(class_name, source):
-    "The class that drives such a pipeline; raises `ValueError` where there is none"
+    "The policy class for such a pipeline; raises `ValueError` if there is none"
     if class_name not in policy_classes:
         raise ValueError(
             f"policy={source!r} is a {class_name}, which cannot be trained here: "
-            f"choose a {' or '.join(policy_classes)}."
+            f"choose a {' or '.join(known for known in policy_classes if known not in embedded_policies)}."
         )
     found = policy_classes[class_name]
     return resolve_name(found) if isinstance(found, str) else found
@@ -143,11 +144,11 @@ def load_policy(
     precision: str = "fp32",  # of the frozen weights: fp32, fp16 or bf16
     variant: str | None = None,  # of the files, such as "fp16"; None: the plain ones, or the only one in a folder
 ) -> Policy:  # every weight frozen, nothing trainable yet
-    "Load a text-to-image pipeline as a policy. Raises `ValueError` or `OSError`, with the remedy, where that fails."
+    "Load a text-to-image pipeline as a policy. Raises `ValueError` or `OSError`, with the remedy, if that fails."
     if precision not in precisions:
         raise ValueError(f"precision={precision!r} is unknown: choose one of {', '.join(precisions)}.")
     device, source = device or own_device(), str(policy_folder(name_or_path) or name_or_path)
-    kind = _policy_class(pipeline_class(source), source)
+    kind = _policy_class(name_or_path if name_or_path in policy_classes else pipeline_class(source), source)
     pipeline = read_pipeline(source, kind.types(precisions[precision]), variant)
     with quiet_loading():
         kind.place(pipeline, device)
@@ -185,14 +186,14 @@ def count_tokens(
     self: Policy,
     prompts: list[str],  # B prompts
 ) -> list[int]:  # B numbers, start and end included; `policy.reader[1]` are read
-    "How long prompts are for the text encoder, whether it reads all of them or not."
+    "Number of tokens of each prompt, including those beyond what the text encoder reads."
     with quiet_loading():
         return [len(tokens) for tokens in self.reader[0](list(prompts), truncation=False)["input_ids"]]
 
 
 @patch
 def _note_cut(self: Policy, prompt):
-    "Say once that a prompt is longer than what is read, and what is lost"
+    "Warn once about a prompt that is longer than the text encoder reads"
     (tokenizer, most), (number,) = self.reader, self.count_tokens([prompt])
     if self._cut or number <= most:
         return
@@ -224,7 +225,7 @@ def embed(
     self: Policy,
     prompts: list[str],  # B prompts; repetitions cost nothing
 ) -> PromptEmbedding:  # of length B, without gradient
-    "Embed prompts, each unique one once as long as it is among the newest. Raises `ValueError` for no list of strings."
+    "Embed prompts, each unique one once (the newest are cached). Raises `ValueError` unless given a list of strings."
     if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts={prompts!r} must be a list with at least one string: write ['a prompt'].")
     for prompt in prompts:
@@ -243,7 +244,7 @@ def conditioning(
     self: Policy,
     embedding: PromptEmbedding,  # of B prompts
 ) -> dict:  # keyword arguments of the denoiser
-    "How this family of pipelines tells its denoiser about the prompt."
+    "The arguments with which this family passes the prompt to its denoiser."
     return dict(encoder_hidden_states=embedding.prompt_embeds)
 
 
@@ -252,7 +253,7 @@ def unconditional(
     self: Policy,
     embedding: PromptEmbedding,  # of B prompts
 ) -> PromptEmbedding:  # of B empty ones
-    "What guidance leads away from."
+    "The embedding without a prompt, for guidance."
     return self.embed([""])._map(lambda x: x.expand(len(embedding), *x.shape[1:]))
 
 
@@ -334,12 +335,8 @@ def decode(
     vae, drawn = vae or self.vae, f"what {self.name!r} has drawn (its latents)"
     lower = ", or lower the learning rate or the guidance scale: its weights or its steps have gone too far"
     _check_finite(latents, drawn[0].upper() + drawn[1:], self.dtype, lower)
-
-    def decode_batch(batch):
-        return vae.decode(self.unscaled(batch, vae.config), return_dict=False)[0]
-
     batches = latents.to(self.device, vae.dtype).split(batch_size)
-    images = torch.cat([decode_batch(batch).float() for batch in batches])
+    images = torch.cat([vae.decode(self.unscaled(x, vae.config), return_dict=False)[0].float() for x in batches])
     _check_finite(images, f"The output of the decoder of {self.name!r}", vae.dtype, ", or a decoder in float32")
     return (images / 2 + 0.5).clamp(0, 1)
 
@@ -379,7 +376,7 @@ def sample_as_trained(
     generators: list[torch.Generator],  # one per sample, for the noise of the steps
     eta: float,  # 0 deterministic, 1 the process SDPO trains on
 ) -> torch.Tensor:  # final latents [B,C,H,W]
-    "The end of the trajectories that training would collect."
+    "The final samples of the process that training uses."
     embedding, noises = self.embed(prompts), seeded_noise(generators, num_steps, self.latent_shape).to(self.device)
 
     def predict(latents, timestep):
@@ -396,7 +393,7 @@ def sample_as_published(
     num_steps: int,  # T
     generators: list[torch.Generator],  # one per sample, for schedulers that draw noise
 ) -> torch.Tensor:  # final latents [B,C,H,W]
-    "The stock pipeline, called as its users call it, with its own scheduler."
+    "The result of the stock pipeline with its own scheduler, called as its users call it."
     latents = latents.to(self.dtype)
     options = dict(latents=latents, generator=generators, output_type="latent")
     options["guidance_scale"] = self.guidance_scale or self.default_guidance

@@ -87,7 +87,9 @@ def test_every_dynamic_field_reaches_the_wheel(metadata):
 
 def test_archives_hold_the_assets_and_the_sources(archives):
     assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / name / "assets").rglob("*") if path.is_file()}
-    assert any(path.endswith(".safetensors") for path in assets)
+    weights = {"/".join(path.split("/")[2:-1]) for path in assets if path.endswith(".safetensors")}
+    assert weights >= {"tiny/unet", "tiny_flow/transformer", "networks"}
+    assert archives[1].stat().st_size <= 12e6
     with zipfile.ZipFile(archives[1]) as wheel:
         assert assets <= set(wheel.namelist())
     with tarfile.open(archives[0]) as archive:
