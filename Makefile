@@ -78,7 +78,7 @@ time-to-gain: $(VENV)/.installed
 
 docs: $(VENV)/.installed-dev
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.10: https://quarto.org/docs/download/"; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" nbdev-docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/docs.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache .ruff_cache

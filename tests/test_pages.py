@@ -31,9 +31,10 @@ from sdpo_nb.commands import CommandParser, flags_of
 from sdpo_nb.config import presets
 from sdpo_nb.plan import batch_line
 from sdpo_nb.prompts import prompt_lists
+from sdpo_nb.voting import vote_in_browser
 
 PAGES = [*NOTEBOOKS, ROOT / "README.md"]
-COMMANDS = ("sdpo-train", "sdpo-eval", "sdpo-sample")
+COMMANDS = ("sdpo-train", "sdpo-eval", "sdpo-sample", "sdpo-vote")
 
 
 def shell_lines(path):
@@ -62,8 +63,8 @@ def command_lines(path):
 
 
 def check_known(reward):
-    "A reward in a file of the reader's is not here"
-    if ".py:" not in reward:
+    "A reward in a file of the reader's is not here, nor are the reader's votes"
+    if ".py:" not in reward and "votes:" not in reward:
         check_reward(reward)
 
 
@@ -86,7 +87,7 @@ def check_train(words, processes):
 
 
 def check_function(name, function, positionals, words):
-    "Parse a line of sdpo-eval or sdpo-sample"
+    "Parse a line of another command"
     _, given = CommandParser(name, positionals, flags_of(function), "Try.").read(words)
     if "reward" in given:
         check_known(given["reward"])
@@ -99,6 +100,8 @@ def check(line):
         check_train(words, processes)
     elif name == "sdpo-eval":
         check_function(name, evaluate_lora, source_help, words)
+    elif name == "sdpo-vote":
+        check_function(name, vote_in_browser, {"POLICY": "a model"}, words)
     else:
         check_function(name, sample_lora, source_help | {"PROMPT": "what to draw"}, words)
 
@@ -224,8 +227,10 @@ SMALLER = {
 }
 
 
-def test_the_readmes_python_is_a_script_that_runs(tmp_path):
-    code = "\n".join(python_blocks((ROOT / "README.md").read_text(encoding="utf-8")))
+def test_the_first_run_is_a_script_that_runs(tmp_path):
+    code = "\n".join(
+        source for source in cells(ROOT / "nbs" / "first_run.ipynb", "code") if "pip install" not in source
+    )
     for size, smaller in SMALLER.items():
         assert code.count(size) == 1
         code = code.replace(size, smaller)

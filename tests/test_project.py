@@ -1,4 +1,4 @@
-"""The facts of the project agree with each other, and what its pages point to exists."""
+"""The facts of the project agree with each other, and what its pages point to exists. The site: tests/test_site.py."""
 
 import ast
 import json
@@ -72,20 +72,23 @@ def load_sidebar(section=None):
     return list(sidebar_entries(contents))
 
 
+START = ["index.ipynb", "guide.ipynb", "first_run.ipynb", "your_taste.ipynb"]  # the way in; these have no number
 # The tens of a notebook's number say what it is for; the sidebar has a section for each group.
 GROUPS = {
     "The method": "1",
     "The loop": "2",
-    "Looking at a run": "3",
+    "Judging a run": "3",
     "Siblings": "4",
     "How to": "5",
-    "Results": "6",
+    "Comparisons": "6",
     "Appendix": "09",
 }
 LEARN = [NBS / name for section in list(GROUPS)[:3] for name in load_sidebar(section)]
 REFERENCE = "22 23 24 25 27 32 33 35".split()  # numbers of pages to look things up in: no exercises
 CHAPTERS = [path for path in LEARN if path.name[:2] not in REFERENCE]
-MORE = ["41_spo", "43_lasro", "54_scorers", "60_baselines"]  # they have exercises, too
+MORE = (
+    "41_spo 43_lasro 45_taste 54_scorers 57_tiny_flow 59_scorers_2026 60_baselines 93_embedded_flow your_taste".split()
+)
 EXERCISES = [*CHAPTERS, *(NBS / f"{name}.ipynb" for name in MORE)]
 RENAMED = {"viz": "31_figures", "schedules": "20_batching", "rivals": "60_baselines"}  # pages, and where they are now
 
@@ -194,8 +197,8 @@ def test_every_notebook_stands_in_the_sidebar_once():
 
 def test_the_sidebar_has_a_section_for_each_group_of_numbers():
     contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    assert contents[0] == "index.ipynb"
-    assert [entry["section"] for entry in contents[1:]] == list(GROUPS)
+    assert contents[: len(START)] == START
+    assert [entry["section"] for entry in contents[len(START) :]] == list(GROUPS)
     for section, tens in GROUPS.items():
         numbered = [path.name for path in NOTEBOOKS if path.name[0] in tens]
         assert load_sidebar(section) == sorted(numbered), section
@@ -453,9 +456,20 @@ def test_no_error_was_saved(path):
     ] == []
 
 
-def test_front_page_lists_the_chapters():
-    assert [NBS / target for target in link_targets(NBS / "index.ipynb") if NBS / target in LEARN] == LEARN
-    assert set(load_sidebar()) - {"index.ipynb", *link_targets(NBS / "index.ipynb")} == set()
+def test_the_guide_lists_the_chapters():
+    guide = link_targets(NBS / "guide.ipynb")
+    rows = re.findall(r"^\| \d+ \| \[[^]]+\]\((\S+)\) \| \S.* \|$", page_text(NBS / "guide.ipynb"), flags=re.MULTILINE)
+    assert [NBS / target for target in rows if NBS / target in LEARN] == LEARN
+    assert set(load_sidebar()) - {"index.ipynb", "guide.ipynb", *guide} == set()
+    assert sorted(rows) == sorted(set(load_sidebar()) - set(START))
+
+
+def test_the_front_page_is_short_and_leads_on():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^\|.*\|$|^```.*?^```$|\]\(\S+\)", "", readme, flags=re.MULTILINE | re.DOTALL)
+    assert len(prose.split()) <= 600
+    assert {"guide.ipynb", "58_colab.ipynb", "first_run.ipynb"} <= set(link_targets(NBS / "index.ipynb"))
+    assert "Self-Distillation Policy Optimization" in readme and "](nbs/images/demo.png)" in readme
 
 
 def public_names():
@@ -475,7 +489,8 @@ def test_reference_lists_what_users_call_and_nothing_else():
     shown = "\n".join("".join(data.get("text/markdown", "")) for data in outputs)
     listed = {}
     for heading, table in re.findall(r"^## (\S+)$(.*?)(?=^## |\Z)", shown, flags=re.MULTILINE | re.DOTALL):
-        listed[heading] = re.findall(r"<code>(\w+)</code>", table)
+        listed[heading] = re.findall(r"<code>(\w+)</code>", table.replace("<wbr>", ""))
+        assert len(listed[heading]) == table.count("[source](")
     assert listed == public_names()
 
 
@@ -524,32 +539,6 @@ def test_notebooks_are_clean_and_in_step_with_the_modules(tree):
     subprocess.run([sys.executable, "-c", NBDEV], cwd=tree, check=True, capture_output=True)
     after = contents(tree)
     assert [path for path in sorted(before | after) if before.get(path) != after.get(path)] == []
-
-
-PROCESS = """
-from nbdev.serve import proc_nbs
-proc_nbs(n_workers=0)
-"""
-
-
-def test_site_pages_can_be_made(tree):
-    "What nbdev does before Quarto: exported cells and imports run, `show_doc` is filled in"
-    done = subprocess.run([sys.executable, "-c", PROCESS], cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    made = {path.name for path in (tree / "_proc").glob("*.ipynb")}
-    assert made == {path.name for path in NOTEBOOKS}
-    assert [file for file in site_files(load_site()) if not (tree / "_proc" / file).exists()] == []
-    nested = re.compile(r"\[\[`")  # nbdev links names in backticks: they must not be links already
-    assert [
-        path.name
-        for path in sorted((tree / "_proc").glob("*.ipynb"))
-        if nested.search(path.read_text(encoding="utf-8"))
-    ] == []
-    for page, notebook in RENAMED.items():
-        head = json.loads((tree / "_proc" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"][0]
-        assert head["cell_type"] == "raw" and f"- {page}.html" in "".join(head["source"])
-    hidden = json.loads((tree / "_proc" / "16_dense.ipynb").read_text(encoding="utf-8"))
-    assert any("def interpolate_rewards(" in "".join(cell["source"]) for cell in hidden["cells"])
 
 
 def test_readme_is_made_from_the_index():
