@@ -33,13 +33,13 @@ results = Path(__file__).parent / "results"
 class ReferenceLoop(Trainer):
     "The same algorithm, with the calls of network, decoder and reward that the public code makes"
 
-    sampling_batch = 8  # pairs
+    chunk_size = 8  # pairs
 
     def sample(self):
         c, (groups, prompts) = self.config, self.draw_groups()
         embedding, parts = self.policy.embed(prompts), []
         place = dict(device=self.policy.device, dtype=self.policy.dtype)
-        for chunk in torch.arange(len(groups)).split(self.sampling_batch):
+        for chunk in torch.arange(len(groups)).split(self.chunk_size):
             noise = pair_noise(c.seed, self.epoch, groups[chunk], c.num_steps, self.policy.latent_shape, **place)
             predict = lambda x, t: self.policy.predict(x, t, embedding[chunk])
             parts.append([sample_trajectories(predict, self.sampler, *(x[k] for x in noise)) for k in (0, 1)])
@@ -58,7 +58,7 @@ class ReferenceLoop(Trainer):
             return self.score_latents(pred_x0, [rollout.prompts[i] for i in chunk])
 
         def rows(k):
-            chunks = torch.arange(B).split(self.sampling_batch)
+            chunks = torch.arange(B).split(self.chunk_size)
             return torch.cat([torch.stack([look(k, chunk, query) for query in range(3)], 1) for chunk in chunks])
 
         rollout.rewards = torch.stack([rows(k) for k in range(K)])

@@ -11,8 +11,9 @@ what a trained one costs, and what it paints is noise. Each part is a process of
 
 machine      what plain matrix products and copies reach here, by precision, and what a kernel launch costs
 sd_turbo     SD-Turbo at 512×512: steps a second while sampling and training, share of the matrix products' rate,
-             peak memory against `memory_estimate`, and where the time goes; the same for sdxl_turbo and flow (SANA)
-options      every entry of `options`, on and off in turn, with the log-ratio before the first update and its bound
+             peak memory against `memory_estimate`, and where the time goes; the same for sdxl_turbo, and for two flow
+             models: flow (Stable Diffusion 3.5 Large Turbo) and sana (SANA-Sprint)
+options      every entry of options.py, on and off in turn, with the log-ratio before the first update and its bound
 reference    our loop against the public SDPO code's schedule of calls, same gradient
 worker       a reward of CLIP ViT-L's size, after sampling or in a thread meanwhile
 embedded     two epochs of the embedded model here and on the CPU: do the metrics agree?
@@ -36,8 +37,9 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -45,6 +47,7 @@ from types import SimpleNamespace
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that this process leaves the GPU to those of the parts
 
 import against_reference_loop
+import options
 import scoring_worker
 import throughput
 import torch
@@ -59,6 +62,7 @@ from sdpo_nb.files import read_json, versions, write_json
 from sdpo_nb.hub import quiet_loading
 from sdpo_nb.models import load_policy, policy_classes, precisions
 from sdpo_nb.plan import memory_estimate
+from sdpo_nb.prompts import load_prompts
 from sdpo_nb.trainer import Trainer
 
 here = Path(__file__).parent
@@ -163,18 +167,20 @@ def free_memory(device):
         torch.cuda.empty_cache()
 
 
-def sizes(given) -> list:
+def sizes(given, most) -> list:
     "(precision, pairs in a pass)"
     if given.small:
         return [("fp32", 1), ("fp32", 4)]
-    return [*(("bf16", pairs) for pairs in given.micro_batch), ("fp16", 4), ("fp32", 4)]
+    fit = [("bf16", pairs) for pairs in given.micro_batch if pairs <= most]
+    return fit + ([("fp16", 4), ("fp32", 4)] if most > 16 else [])
 
 
 def model_row(policy, kind, config, rate, given) -> dict:
     "Throughput, shares and memory of one size"
     pairs, cuda = config.micro_batch, policy.device.type == "cuda"
+    policy.embed(load_prompts(config.prompts))  # large text encoders would come to the GPU for every new prompt
     found = throughput.measure(policy, config, 1, rate)
-    sized = replace(config, policy=hub_ids.get(kind, kind), pairs_per_epoch=pairs)
+    sized = replace(config, policy=hub_ids.get(kind, kind), pairs_per_epoch=pairs, size=512)
     estimate = None if given.small else memory_estimate(sized).get("in all, estimated")
     shares = {name.replace(", ", " "): share for name, share in found["shares"].items()}
     row = dict(sampling_steps_per_second=found["sampled_steps_per_second"], micro_batch=pairs)
@@ -184,12 +190,12 @@ def model_row(policy, kind, config, rate, given) -> dict:
     return row | dict(shares=shares, memory="of the GPU" if cuda else "of the process, imports included")
 
 
-def model_part(kind):
-    "A part that measures one model at every size"
+def model_part(kind, most=64):
+    "A part that measures one model at every size, up to so many pairs in a pass"
 
     def part(given):
         policy = loaded = rate = None
-        for precision, pairs in sizes(given):
+        for precision, pairs in sizes(given, most):
             row = dict(row=f"{precision}, {pairs} pair{'s' * (pairs > 1)} a pass")
             try:
                 if precision != loaded:
@@ -210,91 +216,26 @@ def model_part(kind):
 # --- options -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Option:
-    "Something that may make a run faster: settings, or what is done to policy or trainer before the first epoch"
-
-    settings: dict = field(default_factory=dict)  # of TrainConfig; the row is left out while there is no such field
-    policy: Callable = None  # called with the policy, before there is a trainer
-    trainer: Callable = None  # called with the trainer
-    around: Callable = None  # a context manager around everything
-    precision: str = "bf16"
-    gpu_only: bool = False
-
-
-@contextmanager
-def tf32():
-    "Matrix products of float32 with fewer digits"
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def compile_blocks(policy):
-    "Every repeated block of the denoiser, compiled once for all of its kind"
-    policy.denoiser.compile_repeated_blocks(dynamic=False)
-
-
-def fuse_optimizer(trainer):
-    for group in trainer.optimizer.param_groups:
-        group.update(fused=True, foreach=False)
-
-
-options = {
-    "channels last": Option(policy=lambda policy: policy.denoiser.to(memory_format=torch.channels_last)),
-    "fused AdamW": Option(trainer=fuse_optimizer),
-    "TF32": Option(around=tf32, precision="fp32", gpu_only=True),
-    "blocks compiled": Option(policy=compile_blocks, gpu_only=True),
-    "gradient checkpointing": Option(settings=dict(gradient_checkpointing=True)),
-}  # what the table calls it -> how it is switched on; entries whose setting does not exist are passed over
-
-
-def offered(option) -> bool:
-    return set(option.settings) <= {f.name for f in fields(TrainConfig)}
-
-
-def run_with(option, policy, given) -> dict:
-    "Seconds of the first and of the next epoch, and the log-ratio before the first update"
-    with tempfile.TemporaryDirectory() as folder, (option.around or nullcontext)():
-        config = settings(folder, policy_precision(policy), 4 if given.small else 16, **option.settings)
-        if option.policy:
-            option.policy(policy)
-        trainer = trainer_of(policy, config)
-        if option.trainer:
-            option.trainer(trainer)
-        first, *others = [against_reference_loop.seconds(trainer, epoch) for epoch in range(3)]
-        ratio = trainer.log_ratio
-    best = {name: min(other[name] for other in others) for name in first}
-    found = dict(first_epoch=first["epoch"], sampling=best["sampling and scoring"], training=best["training"])
-    found |= dict(log_ratio=ratio["max_before_update"], recomputed=ratio["recomputed"])
-    return dict(found, bound=trainer.log_ratio_bound())
-
-
-def policy_precision(policy) -> str:
-    return next(name for name, dtype in precisions.items() if dtype == policy.dtype)
-
-
 def options_part(given):
-    "Each option on and off, of fresh policies"
-    plain = {}
-    for name, option in options.items():
-        if not offered(option):
-            continue
-        if option.gpu_only and torch.device(given.device).type != "cuda":
-            yield dict(row=name, not_measured="only on a GPU")
+    "Each entry of `options.options`, on and off in turn"
+    pairs, rounds = (4, 1) if given.small else (16, 3)
+    for name, option in options.options.items():
+        if option.cpu_only:
             continue
         precision = "fp32" if given.small else option.precision
+        row = dict(row=f"{name}, {precision}")
+        if reason := options.why_not(option, given.device):
+            yield dict(row, not_measured=reason)
+            continue
         try:
-            if precision not in plain:
-                plain[precision] = run_with(Option(), random_policy("sd_turbo", precision, given), given)
-            on, off = run_with(option, random_policy("sd_turbo", precision, given), given), plain[precision]
-            faster = {f"{half}_times_as_fast": off[half] / on[half] for half in ("sampling", "training")}
-            yield dict(row=f"{name}, {precision}", **faster, within_bound=on["log_ratio"] <= on["bound"], **on, off=off)
+            with tempfile.TemporaryDirectory() as folder:
+                config = asdict(settings(folder, precision, pairs))
+            made = partial(random_policy, "sd_turbo", precision, given)
+            row |= options.compare(option, made, config, rounds)
         except Exception as error:  # one that fails leaves the others
-            yield dict(row=name, not_measured=f"it failed: {first_line(error)}")
+            row["not_measured"] = f"it failed: {first_line(error)}"
+        free_memory(given.device)
+        yield row
 
 
 # --- against the reference's schedule, and a slow reward -----------------------------------------
@@ -477,16 +418,17 @@ def sync_part(given):
 
 parts = {  # name -> what it does, and its seconds at most on an H200-class GPU
     "machine": (machine_part, 30),
-    "sd_turbo": (model_part("sd_turbo"), 120),
-    "reference": (reference_part, 75),
-    "sync": (sync_part, 40),
-    "resume": (resume_part, 40),
-    "embedded": (embedded_part, 40),
-    "options": (options_part, 120),
-    "worker": (worker_part, 60),
-    "sdxl_turbo": (model_part("sdxl_turbo"), 120),
-    "flow": (model_part("sana_sprint"), 60),
-}
+    "sd_turbo": (model_part("sd_turbo"), 90),
+    "reference": (reference_part, 45),
+    "sync": (sync_part, 35),
+    "resume": (resume_part, 35),
+    "embedded": (embedded_part, 35),
+    "options": (options_part, 130),
+    "worker": (worker_part, 40),
+    "sdxl_turbo": (model_part("sdxl_turbo"), 60),
+    "flow": (model_part("sd35_turbo", 4), 65),
+    "sana": (model_part("sana_sprint", 16), 35),
+}  # together not more than ten minutes
 
 
 def first_line(error) -> str:
@@ -641,13 +583,15 @@ def arguments(words=None):
     parser.add_argument(
         "--micro_batch", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="pairs in a pass, in bf16"
     )
-    parser.add_argument("--limit", type=float, default=None, help="seconds in all: 600, or 2400 of a rehearsal")
+    parser.add_argument("--limit", type=float, default=None, help="seconds in all: 600 times the slack")
+    parser.add_argument("--slack", type=float, default=None, help="times the parts' limits: 1, or 4 of a rehearsal")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file; without it in benchmarks/results")
     given = parser.parse_args(words)
     if given.device is None:
         given.device = "cuda" if torch.cuda.is_available() else "cpu"
         given.small |= given.device == "cpu"
-    given.limit = given.limit or (2400.0 if given.small else 600.0)  # a rehearsal shares its processor
+    given.slack = given.slack or (4.0 if given.small else 1.0)  # a rehearsal shares its processor
+    given.limit = given.limit or 600.0 * given.slack
     given.output = given.output or here / "results" / f"gpu_check{'_rehearsal' * given.small}.json"
     if given.device == "cpu" and not given.small:
         parser.error("--device cpu would take hours at full size; add --small.")
@@ -666,7 +610,7 @@ def main(words=None):
         elif left < 5:
             results[name] = dict(rows=[dict(row=name, not_measured=f"out of the {given.limit:.0f} seconds in all")])
         else:
-            results[name] = execute(name, given, min(limit * (4 if given.small else 1), left))
+            results[name] = execute(name, given, min(limit * given.slack, left))
             told["machine"] = results[name].pop("machine") or told.get("machine")
         told |= dict(seconds=time.perf_counter() - started, parts=results, goals=judged(results, given))
         write_json(given.output, told)

@@ -2,16 +2,26 @@
 
     python benchmarks/memory.py                  # a row for each model and precision, with and without checkpointing
     python benchmarks/memory.py --kinds sd_turbo
+    python benchmarks/memory.py --kinds rollout  # what an epoch's trajectories take, measured here; Linux only
 
 The networks are built with their real shapes on torch's `meta` device, where tensors have a size but no content,
 and every tensor that autograd stores for the backward pass is counted once. With gradient checkpointing, what the
 largest block stores while it is computed again is added. Attention counts as on a GPU, by what fused kernels store:
 queries, keys, values and result, not the matrix between them. Other kernels may store more or less, so this is an
 estimate. The numbers are those of `sdpo_nb.plan.model_sizes`. One JSON line a row goes to `--output`.
+
+`rollout` is measured: an epoch of latents as large as those of SD-Turbo, with a network and a reward that cost
+nothing, in this process; the peak of its resident memory during each part of the epoch, less what it held before,
+is divided by the size of latents and predicted clean samples. `list` keeps all batches until they are joined, as a
+plain concatenation does; `iterator` is what the trainer does.
 """
 
 import argparse
+import gc
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -25,8 +35,14 @@ from peft import LoraConfig
 from random_models import full_width, kinds
 from torch.autograd.graph import saved_tensors_hooks
 
+from sdpo_nb.batching import Rollout
+from sdpo_nb.branch import BranchConfig, BranchTrainer
+from sdpo_nb.config import TrainConfig
 from sdpo_nb.files import append_jsonl, read_jsonl
 from sdpo_nb.lora import switch_adapters
+from sdpo_nb.models import load_policy
+from sdpo_nb.trainer import Trainer
+from sdpo_nb.tree import Tree
 
 GB = 1e9
 with_unet = ["sd_turbo", "sdxl_turbo", "lcm"]
@@ -174,9 +190,68 @@ def rows(kind):
         )
 
 
+# --- the rollout, measured -----------------------------------------------------------------------
+
+
+@contextmanager
+def peak(found, name):
+    "Notes the largest resident memory inside the block, in bytes"
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    yield
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found[name] = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def resident() -> int:
+    return 1024 * int(Path("/proc/self/statm").read_text().split()[1]) * 4
+
+
+class Light:
+    "A network and a reward without any work"
+
+    def __init__(self, trainer):
+        trainer.policy.size = 64 * trainer.policy.pipeline.vae_scale_factor
+        trainer.policy.predict = lambda x, *_: x.float()
+        trainer.score_latents = lambda latents, *_, **__: latents.new_zeros(len(latents), dtype=torch.float32)
+
+
+def rollout_rows():
+    "Peaks of both kinds of trajectories, and of joining them as a list"
+    policy = load_policy("tiny", device="cpu")
+    sizes = dict(pairs_per_epoch=64, pairs_per_update=8, micro_batch=8, num_steps=20, eval_samples=0)
+    kinds_of = {"pairs": (Trainer, TrainConfig(**sizes)), "trees of two": (BranchTrainer, BranchConfig(**sizes))}
+    with TemporaryDirectory() as folder:
+        for name, (kind, config) in kinds_of.items():
+            for joined in ("iterator", "list"):
+                trainer = kind(policy, "warmth", "shapes", replace(config, output_dir=folder), callbacks=[])
+                Light(trainer)
+                owner = {"pairs": Rollout, "trees of two": Tree}[name]
+                plain = owner.cat
+                late = classmethod(lambda cls, parts, number: plain([*parts], number))
+                with patch.object(owner, "cat", late) if joined == "list" else nullcontext():
+                    yield dict(kind="rollout", of=name, joined=joined, **epoch_peaks(trainer))
+
+
+def epoch_peaks(trainer) -> dict:
+    "Of sampling, scoring and the choice of the first update, in units of the rollout"
+    gc.collect()
+    found, before = {}, resident()
+    trainer.begin_epoch()
+    with peak(found, "sampling"):
+        rollout = trainer.sample()
+    size = rollout.latents.nbytes + rollout.pred_x0.nbytes
+    if rollout.actions.untyped_storage()._cdata != rollout.latents.untyped_storage()._cdata:
+        size += rollout.actions.nbytes + rollout.states.nbytes
+    with peak(found, "scoring"):
+        trainer.score(rollout)
+        trainer.credit(rollout)
+    times = {name: round((value - before) / size, 2) for name, value in found.items()}
+    return dict(gb=round(size / GB, 3), times_the_rollout=times)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=with_unet + flows, choices=with_unet + flows)
+    parser.add_argument("--kinds", nargs="+", default=with_unet + flows, choices=with_unet + flows + ["rollout"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.jsonl")
     options = parser.parse_args()
     known = read_jsonl(options.output) if options.output.is_file() else []
@@ -185,8 +260,11 @@ if __name__ == "__main__":
         if row["kind"] not in options.kinds:
             append_jsonl(options.output, row)
     for kind in options.kinds:
-        for row in rows(kind):
+        for row in rollout_rows() if kind == "rollout" else rows(kind):
             append_jsonl(options.output, row)
+            if kind == "rollout":
+                print(row, flush=True)
+                continue
             size = row.get("size", 512)
             print(
                 f"{kind:<13}{row['precision']} {size:>5} pixels {row['gb_per_sample']:6.2f} GB a sample, "

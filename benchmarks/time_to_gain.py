@@ -288,19 +288,27 @@ def described(job, given, before, found) -> dict:
 # --- bookkeeping ---------------------------------------------------------------------------------
 
 
-def key(line) -> str:
-    "What decides a run's numbers"
+def key(line, fields) -> str:
+    "What decides a run's numbers, as far as these settings"
     names = ("method", "phase", "seed", "learning_rate", "reward", "pairs")
-    config = {name: value for name, value in line["config"].items() if name != "output_dir"}
+    config = {name: value for name, value in line["config"].items() if name != "output_dir" and name in fields}
     return json.dumps([[line[name] for name in names], config], sort_keys=True)
+
+
+def is_of(line, job, given) -> bool:
+    "Is it the line of such a run, with the settings of today? An older line may know fewer of them"
+    if "skipped" in line:
+        return False
+    wanted = dict(method=job.method, phase=job.phase, seed=job.seed, learning_rate=job.rate)
+    wanted |= dict(reward=given.reward, pairs=given.pairs, config=settings(job, given))
+    fields = line["config"].keys() & wanted["config"].keys()
+    return key(line, fields) == key(wanted, fields)
 
 
 def known(job, given) -> dict:
     "The line of this run, if it is there and its budget was large enough; else None"
-    wanted = dict(method=job.method, phase=job.phase, seed=job.seed, learning_rate=job.rate)
-    wanted = key({**wanted, "reward": given.reward, "pairs": given.pairs, "config": settings(job, given)})
     for line in reversed(read_jsonl(given.output) if given.output.is_file() else []):
-        if "skipped" not in line and key(line) == wanted and (line["reached"] or line["budget"] >= job.budget):
+        if is_of(line, job, given) and (line["reached"] or line["budget"] >= job.budget):
             return line
 
 
@@ -377,12 +385,15 @@ def table(found) -> str:
 
 
 def committed(given) -> dict:
-    "What the file holds of the reported seeds, the newest of each seed and method"
+    "What the file holds of the reported seeds, the newest of each seed and method, with the settings of today"
     lines = read_jsonl(given.output) if given.output.is_file() else []
     found = {}
     for name in given.methods:
         own = [line for line in lines if line["method"] == name]
-        reported = {line["seed"]: line for line in own if line.get("phase") == "report"}
+        reported = {}
+        for line in (line for line in own if line.get("phase") == "report"):
+            if is_of(line, Job(name, line["seed"], line["learning_rate"], line["budget"], "report"), given):
+                reported[line["seed"]] = line
         skipped = [line["skipped"] for line in own if "skipped" in line]
         found[name] = [reported[seed] for seed in sorted(reported)] or (skipped[-1] if skipped else [])
     return found

@@ -37,7 +37,7 @@ class BranchConfig(TreeConfig, AdvantageConfig):
         return self.branches(num_steps)
 
     def plan(self, processes: int = 1) -> dict:
-        "What an epoch amounts to"
+        "The counts of an epoch"
         steps = mean_number(self.compared(T) for T in step_counts(self.num_steps))
         together = 1 if self.order == "step_shuffled" else steps  # comparisons of a tree in the same update
         updates = self.pairs_per_epoch // self.pairs_per_update * steps / together
@@ -60,9 +60,10 @@ class BranchTrainer(TreeTrainer):
         return super().branching & ~(last & (not self.config.train_last_step))
 
     def score(self, rollout):
-        "Nothing more is asked: the candidates that sampling went on from have been scored"
-        scored, rows = self.branching.nonzero()[:, 0], torch.arange(len(rollout.prompts))[:, None]
-        rollout.rewards = rollout.dense[rollout.chosen[:, scored], rows, scored][None]
+        "No further query: the candidates from which sampling continued are scored already"
+        scored = self.branching.nonzero()[:, 0]
+        rows, at = torch.arange(len(rollout.prompts))[:, None].to(rollout.dense.device), scored.to(rollout.dense.device)
+        rollout.rewards = rollout.dense[rollout.chosen[:, at], rows, at][None]
         rollout.indices = (scored + 1).expand_as(rollout.rewards)  # that predicted clean sample is of the next step
         if self.config.train_last_step:
             rollout.final_reward = rollout.rewards[..., -1]
@@ -81,5 +82,4 @@ def credit(self: BranchTrainer, rollout: Rollout):
     centred = scores[..., steps] - scores[..., steps].mean(0)
     rollout.advantages[..., steps] = self.normalized(rollout.prompts, centred)
     sides = self.keep_extremes(rollout)
-    rows, columns = torch.arange(sides.shape[1])[:, None], torch.arange(sides.shape[2])
-    rollout.advantages = rollout.advantages[sides, rows, columns]
+    rollout.advantages = rollout.advantages.gather(0, sides)

@@ -81,9 +81,11 @@ def _is_plain(layer, names) -> bool:
 
 def _forward(layer, x, *args, **kwargs):
     "A and B are rounded to the type of the input, and their product is added to what the layer itself computes"
+    from peft.tuners.lora.layer import Linear  # not `super`, which `torch.compile` cannot follow here
+
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names or args or kwargs or x.dtype == torch.float32 or not _is_plain(layer, names):
-        return super(_half_linear(), layer).forward(x, *args, **kwargs)
+        return Linear.forward(layer, x, *args, **kwargs)
     rows = x.flatten(0, -2)
     result = layer.base_layer(rows)
     for name in names:
@@ -140,7 +142,7 @@ def switch_adapters(network, active, trainable):
 # %% ../nbs/03_lora.ipynb #9fb34d07
 @patch(as_prop=True)
 def has_lora(self: TrainablePipeline) -> bool:
-    "Does the denoiser carry a LoRA that is there to be trained?"
+    "Does the denoiser carry a trainable LoRA?"
     return "default" in getattr(self.denoiser, "peft_config", {})
 
 
@@ -321,7 +323,7 @@ def _frozen_weights(self: TrainablePipeline) -> dict:
 # %% ../nbs/03_lora.ipynb #be3ec1df
 @patch(as_prop=True)
 def fingerprint(self: TrainablePipeline) -> str:  # hexadecimal
-    "An identity of all that is frozen, wherever it lies; a LoRA that is trained, or weights that are, do not count."
+    "Hash of all frozen weights, whatever device they are on; trained weights are not part of it."
     if self._fingerprint is None:
         self._fingerprint = _weights_digest(self._frozen_weights())
     return self._fingerprint
@@ -357,7 +359,7 @@ def prepare_training(
     alpha: float | None = None,  # None: as the rank
     seed: int = 0,  # of a fresh LoRA
 ) -> TrainablePipeline:  # itself; `trainable_parameters` are what the run changes
-    "What a run trains, on top of what the user has loaded. Raises `ValueError` where a loaded LoRA is another one."
+    "Set up what a run trains, on top of loaded weights. Raises `ValueError` for a loaded LoRA that does not fit."
     loaded, alpha = self.has_lora and self.denoiser.peft_config["default"] is not self._own_lora, alpha or rank
     if loaded:
         self._check_loaded(rank, alpha)

@@ -1,4 +1,4 @@
-"""How many trajectories, queries, updates and gigabytes some settings mean, before anything runs.
+"""Count the trajectories, reward queries, updates and gigabytes of a run before it starts.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/plan.html.md"""
 
@@ -18,7 +18,7 @@ from .sharding import check_launch, launched_with
 
 # %% ../nbs/24_plan.ipynb #03db81d0
 def mean_number(numbers):
-    "The mean of a few numbers, and a whole number where it is one"
+    "The mean of a few numbers, as an int if it is whole"
     numbers = list(numbers)
     mean = round(sum(numbers) / len(numbers), 2)
     return int(mean) if mean == int(mean) else mean
@@ -43,7 +43,7 @@ def training_plan(
     config: TrainConfig,  # resolved
     processes: int = 1,  # that share the work
 ) -> dict:  # counts, in words
-    "What an epoch of the common loop amounts to"
+    "The counts of an epoch of the common loop"
     c = config
     steps, trajectories = (
         mean_number(T - (not c.train_last_step) for T in step_counts(c.num_steps)),
@@ -69,7 +69,7 @@ def batch_plan(
     config: RunConfig,  # resolved or not
     processes: int = 1,  # that share the work
 ) -> dict:  # counts, in words
-    "What the numbers of a configuration amount to, before anything runs"
+    "The counts that follow from a configuration"
     config = resolve(config)
     return config.plan(processes) or training_plan(config, processes)
 
@@ -78,13 +78,13 @@ def check_processes(
     config: RunConfig,  # resolved
     processes: int,  # that share the work
 ):
-    "Raise ValueError where the work is to be shared in a way that cannot be, or an update not in equal parts"
+    "Raise ValueError if the processes cannot share the work, or an update, in equal parts"
     check_launch()
     c, share = config, processes * config.micro_batch
-    if getattr(c, "reward_worker", False) and c.pairs_per_epoch <= share:
+    if getattr(c, "reward_worker", False) and c.pairs_per_epoch <= processes * (c.sampling_batch or c.micro_batch):
         raise ValueError(
             f"reward_worker is true, but a process samples its {c.pairs_per_epoch // processes} pairs in one batch, "
-            "so that nothing is left to do meanwhile; choose a smaller micro_batch, or false."
+            "so that nothing is left to do meanwhile; choose a smaller micro_batch or sampling_batch, or false."
         )
     whole = c.batches["micro_batch"]
     if getattr(c, whole) % share:
@@ -102,7 +102,7 @@ def batch_line(
     config: RunConfig,  # resolved
     processes: int = 1,  # that share the work
 ) -> str:
-    "The arithmetic of a run in one line; raises ValueError where it does not work out"
+    "The arithmetic of a run in one line; raises ValueError if the sizes do not divide"
     c = config
     check_processes(c, processes)
     plan = batch_plan(c, processes)
@@ -150,6 +150,7 @@ _tiny = dict(
     checkpointed={2: 0.0002, 4: 0.0004},
     decoding={2: 0.0025, 4: 0.005},  # six maps of 16 to 32 channels
 )
+_tiny_flow = _tiny | dict(millions=2.2, unet=1.6, kept={2: 0.00034, 4: 0.00067}, checkpointed={2: 0.00003, 4: 0.00006})
 
 # %% ../nbs/24_plan.ipynb #bc08fd39
 def _flow(transformer, vae, counted, **more):
@@ -165,6 +166,7 @@ _zimage_turbo = _flow(6155, 84, {512: (16 * 64**2, 8.78, 0.57), 1024: (16 * 128*
 # %% ../nbs/24_plan.ipynb #fff88ce7
 model_sizes = {
     "tiny": _tiny,
+    "tiny_flow": _tiny_flow,
     "stabilityai/sd-turbo": _sd_turbo,
     "stabilityai/sdxl-turbo": _sdxl_turbo,
     "SimianLuo/LCM_Dreamshaper_v7": _lcm,
@@ -180,11 +182,11 @@ reward_sizes = {
     "hpsv2.1": 986,
     "pickscore": 986,
     "clipscore": 151,
-}  # millions of parameters
-_decoding = {
-    2: 5.0,
-    4: 10.0,
-}  # gigabytes for eight pictures, by bytes of a weight: six maps of 256 channels at full size
+    "siglip2": 375,
+    "vqascore": 1064,  # twice as many, in bf16
+    "hpsv3": 3875,  # twice as many, in bf16
+}  # millions of parameters, of four bytes each
+_decoding = {2: 5.0, 4: 10.0}  # gigabytes for eight pictures, by bytes of a weight: six full maps of 256 channels
 
 # %% ../nbs/24_plan.ipynb #47659eda
 def _at_size(numbers, pixels):
@@ -196,6 +198,13 @@ def _at_size(numbers, pixels):
     latent, kept, checkpointed = (small + (area - 1) / 3 * (large - small) for small, large in ends)
     found = dict(kept={2: kept, 4: 2 * kept}, checkpointed={2: checkpointed, 4: 2 * checkpointed})
     return numbers | found | dict(latent=latent, decoding={width: area * gb for width, gb in _decoding.items()})
+
+# %% ../nbs/24_plan.ipynb #6e0f41ad
+def _rollout(config, latent, samples, width):  # numbers in a latent, trajectories, bytes of a number
+    "Gigabytes: states and predicted clean samples, one batch more while they are joined, and similarities in chunks"
+    T, batch = max(step_counts(config.num_steps)), 2 * (config.sampling_batch or config.micro_batch)
+    similarities = 16 * min(2**24, samples * latent * T)  # four tables in float32, of as many numbers at once
+    return ((samples + min(batch, samples)) * latent * (2 * T + 1) * width + similarities) / 1e9
 
 # %% ../nbs/24_plan.ipynb #9a7d9e06
 def memory_estimate(
@@ -210,16 +219,17 @@ def memory_estimate(
     wide = 4 if c.precision == "fp16" else width  # the autoencoder's: force_upcast
     decoder = size.get("decoding", _decoding)[wide] * min(8, 2 * c.micro_batch) / 8
     backward = 2 * c.micro_batch * size["checkpointed" if c.gradient_checkpointing else "kept"][width]
+    sampling = 2 * c.sampling_batch * size["checkpointed"][width]  # no more than this: nothing is kept for later
     if c.guidance_scale > 1 and not size.get("one_call"):
-        backward *= 2  # every sample is seen twice, with its prompt and without
+        backward, sampling = 2 * backward, 2 * sampling  # every sample is seen twice, with its prompt and without
     owners = processes if launched_with("FSDP") else 1  # of gradient and two averages of AdamW
     named = [number for name, number in reward_sizes.items() if name in re.findall(r"[\w.]+", c.reward)]
     parts = {
         "weights of the policy": (size["millions"] * width + size["vae"] * (wide - width)) / 1e3,
         "gradients and optimiser": 0.0 if c.lora_rank else size["unet"] * 12 / 1e3 / owners,
         "weights of the rewards": sum(number * 4 / 1e3 for number in named),
-        "rollout": 2 * samples * size["latent"] * (2 * max(step_counts(c.num_steps)) + 1) * width / 1e9,
-        "a training pass, or decoding": max(backward, 0.0 if c.reward_vae else decoder),
+        "rollout": _rollout(c, size["latent"], samples, width),
+        "a training pass, or decoding": max(backward, sampling, 0.0 if c.reward_vae else decoder),
     }
     return {**parts, "in all, estimated": sum(parts.values())}
 
@@ -237,7 +247,7 @@ def plan_text(
     prompts: list,  # of the run
     processes: int = 1,  # that share the work
 ) -> str:
-    "What a run would do, computed from its settings alone; raises ValueError where the processes cannot share it"
+    "The printed plan, computed from the settings alone; raises ValueError if the processes cannot share the run"
     check_processes(config, processes)
     c, memory = config, memory_estimate(config, processes)
     pairs = f"{c.eval_samples} pairs of prompt and noise, before and after, at every number of steps"
@@ -249,7 +259,7 @@ def plan_text(
     if not memory:
         return "\n".join([*lines, "memory: not known for this policy; try a small micro_batch first"])
     unit, scale = ("GB", 1) if max(memory.values()) >= 1 else ("MB", 1000)
-    place = "in memory" if processes == 1 and c.policy == "tiny" else "on each GPU"
+    place = "in memory" if processes == 1 and c.policy in ("tiny", "tiny_flow") else "on each GPU"
     return "\n".join([*lines, f"{place}, about:", *(f"{n * scale:>8.1f} {unit} {name}" for name, n in memory.items())])
 
 # %% ../nbs/24_plan.ipynb #d1c3434d

@@ -34,7 +34,7 @@ from .sharding import full_tensor, load_optimizer_state, optimizer_state, prepar
 
 # %% ../nbs/25_run.ipynb #e98d4744
 class Callback:
-    "Something that watches a run; every hook may be left out"
+    "Base class of callbacks, which observe a run; every hook is optional"
 
     def before_train(self, run):
         "Called once, when the folder is open"
@@ -82,13 +82,13 @@ class Run:
 
     @property
     def epoch(self):
-        "Epochs that are finished; it names the randomness of the one under way"
+        "Number of finished epochs; it also seeds the current one"
         return self.counts["epoch"]
 
 # %% ../nbs/25_run.ipynb #3890b451
 @patch
 def named_settings(self: Run, config: RunConfig) -> RunConfig:
-    "The settings, complete and checked, with the names of what was really given; only what JSON can hold"
+    "The settings, complete and checked, as JSON values, with the names of the given policy and reward"
     named = next((name for name, known in prompt_lists.items() if list(known) == self.prompts), self.prompts)
     config = replace(resolve(config), policy=self.policy.name, reward=self.reward.name, prompts=named)
     guidance = config.guidance_scale or getattr(self.policy, "default_guidance", 0.0)  # of a consistency model
@@ -96,7 +96,7 @@ def named_settings(self: Run, config: RunConfig) -> RunConfig:
 
 
 def _check_precision(policy, config):
-    "Raise ValueError where the policy was loaded in another precision than the settings say"
+    "Raise ValueError if the policy was loaded in another precision than the settings say"
     loaded = next((name for name, dtype in precisions.items() if dtype == policy.dtype), str(policy.dtype))
     if loaded != config.precision:
         raise ValueError(
@@ -106,7 +106,7 @@ def _check_precision(policy, config):
 
 # %% ../nbs/25_run.ipynb #4cfccc86
 def _forget_other_device(device):
-    "accelerate keeps the first device of a process for good; a single process may change its mind"
+    "Let a single process use another device; accelerate keeps the first one otherwise"
     known = PartialState._shared_state.get("device", device)
     if known.type != device.type and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -155,7 +155,7 @@ def score_latents(
     batch_size: int = 64,  # scored at a time
     reward=None,  # another scorer than the reward of the run
 ) -> torch.Tensor:  # `[N]` float32
-    "Decode and ask the reward. Raises `RewardError` where it does not answer with N numbers"
+    "Decode and score. Raises `RewardError` if the reward does not return N numbers"
     pixels = self.policy.pipeline.vae_scale_factor**2 * latents[0, 0].numel()
     at_once = max(1, min(decoded_pixels, 2 * self.config.micro_batch * 2**18) // pixels)
     scores = []
@@ -177,7 +177,7 @@ def count_gradient(
     what: str = "",  # whose gradient, for the message
     rate: str = "learning_rate",  # the setting to lower
 ):
-    "Count a step, made or dropped; raises RuntimeError when there is no hope left"
+    "Count a step, made or dropped; raises RuntimeError after too many dropped steps in a row"
     in_a_row = dropped.replace("_updates", "") + "_in_a_row"
     counts[made] += finite
     counts[dropped] += not finite
@@ -207,7 +207,7 @@ _checkpoint_format = "sdpo_nb checkpoint 3"
 
 @patch
 def extra_state(self: Run) -> dict:
-    "What the method has to remember besides weights, optimiser and counters"
+    "State of the method besides weights, optimiser and counters"
     return {name: getattr(self, name).state_dict() for name in self.stateful}
 
 
@@ -220,7 +220,7 @@ def load_extra_state(self: Run, state: dict):
 # %% ../nbs/25_run.ipynb #cbdd5a3d
 @patch
 def take_snapshot(self: Run):
-    "Remember everything a resumed run needs, as the bytes of a file"
+    "Keep everything that a resumed run needs, as the bytes of a file"
     main, states = self.accelerator.is_main_process, gather_object([random_states()])
     optimizer = optimizer_state(self.optimizer, main)
     with self.policy.gathered():
@@ -236,7 +236,7 @@ def take_snapshot(self: Run):
 
 @patch
 def write_snapshot(self: Run):
-    "Write the remembered state, aside and then renamed, unless it is there; older ones are pruned afterwards"
+    "Write the kept state, to a temporary file that is renamed, unless it exists; then delete older ones"
     path, data = self.snapshot
     if not path.is_file():
         atomic_write(path, data)
@@ -247,7 +247,7 @@ def write_snapshot(self: Run):
 def _read_checkpoint(
     path: Path,  # written by a run
 ) -> dict:
-    "Read a checkpoint; raises ValueError where the file is truncated, something else, or of an older version"
+    "Read a checkpoint; raises ValueError if the file is truncated, no checkpoint, or of an older version"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no single error for a damaged file
@@ -263,7 +263,7 @@ def _read_checkpoint(
 def newest_checkpoint(
     folder: Path,  # of a run
 ) -> dict:
-    "The newest checkpoint of a run; raises ValueError naming the one before it where the newest is damaged"
+    "The newest checkpoint of a run; if it is damaged, raises ValueError that names the one before it"
     paths = sorted((Path(folder) / "checkpoints").glob("epoch_*.pt"))
     if not paths:
         raise ValueError(f"resume is {str(folder)!r}, which holds no checkpoints; give the folder of an earlier run.")
@@ -276,13 +276,13 @@ def newest_checkpoint(
 # %% ../nbs/25_run.ipynb #716ca288
 may_change = {"epochs", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "patience", "dry_run"}
 may_change |= {"prompts", "tracker", "log_images_every", "push_to_hub", "reward_timeout", "reward_device"}
-may_change |= {"micro_batch", "gradient_checkpointing", "reward_worker"}  # equal up to rounding: for a smaller GPU
-may_change |= {"alarm_patience", "overwrite", "policy", "variant"}  # the policy's weights are compared, not its place
+may_change |= {"micro_batch", "sampling_batch", "gradient_checkpointing"}  # equal up to rounding: for a smaller GPU
+may_change |= {"reward_worker", "alarm_patience", "overwrite", "policy", "variant"}  # a policy's weights are compared
 
 
 @patch
 def check_identity(self: Run, known: dict, run: str):
-    "Raise ValueError where policy or reward have their old name but other weights or another content"
+    "Raise ValueError if policy or reward have the same name as before but other weights or other code"
     if known["policy"] != self.identity["policy"]:
         raise ValueError(f"policy {self.policy.name!r} has other weights than the model of {run}; give that model.")
     if known["reward"] != self.identity["reward"] and not self.reward_given_anew:
@@ -294,7 +294,7 @@ def check_identity(self: Run, known: dict, run: str):
 # %% ../nbs/25_run.ipynb #699538a3
 @patch
 def load_checkpoint(self: Run, state: dict):
-    "Continue exactly where the checkpoint was written; raises ValueError where the settings differ"
+    "Continue from the checkpoint, bit by bit; raises ValueError if the settings differ"
     run = f"the run in {str(self.folder)!r}"
     for name, value in state["config"].items():
         if name not in may_change and (mine := getattr(self.config, name, value)) != value:
@@ -315,7 +315,7 @@ def load_checkpoint(self: Run, state: dict):
 # %% ../nbs/25_run.ipynb #d72ff620
 @patch
 def open_folder(self: Run):
-    "Start a run folder, or go on with one: the log is cut back to the checkpoint"
+    "Start a run folder, or continue one: the log is cut back to the checkpoint"
     kept, replaced = [], False
     if self.config.resume:
         self.load_checkpoint(newest_checkpoint(self.folder))
@@ -360,7 +360,7 @@ def run_config(
 @patch
 @contextmanager
 def last_state_saved(self: Run):
-    "However the block ends, the state after the last whole epoch is on the disk"
+    "Write the state after the last whole epoch, however the block ends"
     with termination_raises():
         try:
             yield
@@ -373,7 +373,7 @@ def last_state_saved(self: Run):
 # %% ../nbs/25_run.ipynb #95785a4a
 @patch
 def save_result(self: Run):
-    "The trained weights, as plain diffusers reads them"
+    "Save the trained weights in the format of diffusers"
     with self.policy.gathered():
         if self.accelerator.is_main_process:
             whole = not self.config.lora_rank
@@ -395,13 +395,13 @@ def timed(self: Run, name: str):
 # %% ../nbs/25_run.ipynb #4a004a86
 @patch
 def finished(self: Run) -> bool:
-    "Out of epochs, or out of patience"
+    "Is the last epoch done, or has the reward not improved for `patience` epochs?"
     return self.epoch >= self.config.epochs or 0 < self.config.patience <= self.counts["stale_epochs"]
 
 
 @patch
 def close_epoch(self: Run, metrics: dict):
-    "All that is written about an epoch, and the state after it"
+    "Write the log line of an epoch and keep the state after it"
     best, mean = self.counts["best_reward"], metrics["reward/mean"]
     better = best is None or mean > best
     stale = 0 if better else self.counts["stale_epochs"] + 1
@@ -419,7 +419,7 @@ def close_epoch(self: Run, metrics: dict):
 # %% ../nbs/25_run.ipynb #7631df2b
 @patch
 def watch(self: Run, hook: str, *args):
-    "Call a hook of all callbacks; watching changes nothing: they get copies, and random generators are set back"
+    "Call a hook of all callbacks. They get copies, and random generators are restored, so they change nothing"
     before = random_states()
     with self.policy.gathered():  # where processes share the weights, they are whole meanwhile
         for callback in self.callbacks:
@@ -429,7 +429,7 @@ def watch(self: Run, hook: str, *args):
 # %% ../nbs/25_run.ipynb #8c720557
 @patch
 def train(self: Run) -> dict:  # metrics of the last epoch
-    "The whole run: folder, epochs, checkpoints, trained weights; callbacks watch"
+    "The whole run: folder, epochs, checkpoints, trained weights, callbacks"
     if self.config.dry_run:
         processes, main = self.accelerator.num_processes, self.accelerator.is_main_process
         return print(plan_text(self.config, self.prompts, processes)) if main else None

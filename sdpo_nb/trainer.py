@@ -19,10 +19,10 @@ from fastcore.basics import patch
 
 # %% ../nbs/26_trainer.ipynb #5228e8d6
 from .advantages import action_returns, credit_rule, normalizers
-from .batching import Minibatch, Rollout, StepPlan, placed, schedules
+from .batching import Minibatch, Rollout, StepPlan, placed, schedules, slices
 from .config import TrainConfig, step_counts
 from .dense import pair_diversity, query_indices, select_anchor, spread_rewards, step_similarities
-from .mdp import ahead, hash_seed, pair_noise, sample_trajectories
+from .mdp import arriving, hash_seed, pair_noise, sample_trajectories
 from .objectives import clip_fraction, gaussian_kl, log_prob_coefficients, objectives, surrogate_loss
 from .plan import queries_per_epoch
 from .run import Run
@@ -38,6 +38,7 @@ class Trainer(Run):
         super().__init__(policy, reward, prompts, config, callbacks)
         self.groups_per_update = self.groups_per_pair * self.config.pairs_per_update
         self.micro_batch = self.groups_per_pair * self.config.micro_batch  # transitions in a forward pass
+        self.sampling_batch = self.groups_per_pair * self.config.sampling_batch or self.micro_batch
         self.setup_steps()
         self.setup_credit()
 
@@ -47,12 +48,12 @@ class Trainer(Run):
 
     @property
     def needs_final(self) -> bool:
-        "Is the finished sample scored, too?"
+        "Is the finished sample scored as well?"
         trains_last = self.sampler.num_steps - 1 in self.trained_steps
         return self.config.queries == "final" or (credit_rule(self.config.credit).uses_final and trains_last)
 
     def begin_epoch(self):
-        "Empty the books of an epoch, free the memory of the last rollout, and choose the number of steps"
+        "Reset the counts of an epoch, free the memory of the last rollout, and choose the number of steps"
         self.last_rollout, self.logs, self.norms = None, [], []
         self.log_ratio = dict(max_before_update=0.0, recomputed=0)
         self.use_steps(self.epoch_steps())
@@ -82,7 +83,7 @@ class Trainer(Run):
 # %% ../nbs/26_trainer.ipynb #ff071a5d
 @patch
 def setup_steps(self: Trainer):
-    "The loss, and what is trained at every number of steps of this run"
+    "Set the loss, and what is trained at each number of steps of this run"
     c = self.config
     self.objective = objectives[c.loss]
     self.loss_options = {name: getattr(c, name) for name in self.objective.options}
@@ -100,7 +101,7 @@ def plan_steps(self: Trainer, num_steps: int) -> StepPlan:
 # %% ../nbs/26_trainer.ipynb #55acef33
 @patch
 def epoch_steps(self: Trainer) -> int:  # T
-    "Of several numbers of steps, the one of this epoch: each comes once in a round, in random order"
+    "The number of steps of this epoch; each of several comes once in a round, in random order"
     counts = step_counts(self.config.num_steps)
     finished, place = divmod(self.epoch, len(counts))
     generator = torch.Generator().manual_seed(hash_seed(self.config.seed, "steps", finished))
@@ -117,7 +118,7 @@ def use_steps(self: Trainer, num_steps: int):
 # %% ../nbs/26_trainer.ipynb #1d1beb73
 @patch
 def draw_noise(self: Trainer, groups: torch.Tensor) -> list:  # initial `[K*b,C,H,W]`, and of the steps, on the CPU
-    "What makes the trajectories of these groups random"
+    "The noise of the trajectories of these groups"
     c, T, shape = self.config, self.sampler.num_steps, self.policy.latent_shape
     noise = pair_noise(c.seed, self.epoch, groups, T, shape, c.sampling == "pair", dtype=self.policy.dtype)
     return [x[: self.group_size].flatten(0, 1) for x in noise]
@@ -125,13 +126,11 @@ def draw_noise(self: Trainer, groups: torch.Tensor) -> list:  # initial `[K*b,C,
 # %% ../nbs/26_trainer.ipynb #119fa580
 @patch
 def sample_parts(self: Trainer):  # yields a `Rollout` for each batch, not yet scored
-    "The epoch's trajectories, in batches of the size that an update will use"
-    (groups, prompts), K, device = self.draw_groups(), self.group_size, self.policy.device
-    embedding, on_gpu = self.policy.embed(prompts), device.type == "cuda"
-    chunks = [slice(start, start + self.micro_batch) for start in range(0, len(groups), self.micro_batch)]
-    drawn = (ahead if on_gpu else map)(self.draw_noise, [groups[chunk] for chunk in chunks])
-    for chunk, noise in zip(chunks, drawn):
-        initial, noises = ((x.pin_memory() if on_gpu else x).to(device, non_blocking=True) for x in noise)
+    "The epoch's trajectories, in batches"
+    (groups, prompts), K = self.draw_groups(), self.group_size
+    embedding, chunks = self.policy.embed(prompts), slices(len(groups), self.sampling_batch)
+    drawn = arriving(self.draw_noise, [groups[chunk] for chunk in chunks], self.policy.device)
+    for chunk, (initial, noises) in zip(chunks, drawn):
         condition = embedding[chunk].repeat(K)
         predict = lambda x, t: self.policy.predict(x, t, condition)
         sampled = sample_trajectories(predict, self.sampler, initial, noises)
@@ -148,7 +147,7 @@ def sample(self: Trainer) -> Rollout:
 
 # %% ../nbs/26_trainer.ipynb #f2871e1d
 class Answers(NamedTuple):
-    "What the reward said"
+    "The rewards of a rollout, and the steps that were scored"
 
     indices: torch.Tensor  # LongTensor `[K,B,Q]`, steps whose predicted clean sample was scored
     rewards: torch.Tensor  # `[K,B,Q]`
@@ -173,7 +172,7 @@ def choose_queries(self: Trainer, rollout: Rollout, groups) -> torch.Tensor:  # 
 # %% ../nbs/26_trainer.ipynb #ec190e29
 @patch
 def scored(self: Trainer, rollout: Rollout, groups=None) -> Answers:
-    "Query each distinct picture once: where a pair shares its first prediction, so does the reward"
+    "Query each distinct picture once; a pair that shares its first prediction shares its reward"
     (K, B, T), prompts = rollout.log_prob.shape, rollout.prompts * self.group_size
     indices, final = self.choose_queries(rollout, groups), None
     places = torch.arange(K * B)[:, None] * T + indices
@@ -193,7 +192,7 @@ def scored(self: Trainer, rollout: Rollout, groups=None) -> Answers:
 # %% ../nbs/26_trainer.ipynb #8f026ff2
 @patch
 def scored_in_thread(self: Trainer, part: Rollout, groups: torch.Tensor):  # `Answers`, or what was raised
-    "As `scored`, or the error: what a pool's thread raises may be lost. Which GPU is meant belongs to a thread, too"
+    "As `scored`, in a thread: sets the thread's GPU, and returns an error instead of raising it"
     device = self.policy.device
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -218,8 +217,8 @@ def submit(self: Trainer, parts) -> Rollout:  # with `pending` jobs
 def handed_over(self: Trainer, parts, jobs: list):  # yields them again, a few batches together
     "Lets a thread score every few batches while the next ones are sampled; a failure ends the sampling"
     c, number = self.config, self.groups_per_epoch // self.accelerator.num_processes
-    batches = torch.arange(number).split(self.micro_batch)
-    pictures = queries_per_epoch(c) * c.micro_batch / c.pairs_per_epoch  # of a batch
+    batches = torch.arange(number).split(self.sampling_batch)
+    pictures = queries_per_epoch(c) * len(batches[0]) / (self.groups_per_pair * c.pairs_per_epoch)  # of a batch
     together = max(1, min(int(64 / pictures), len(batches) // 2))
     for start in range(0, len(batches), together):
         groups = torch.cat(batches[start : start + together])
@@ -232,7 +231,7 @@ def handed_over(self: Trainer, parts, jobs: list):  # yields them again, a few b
 # %% ../nbs/26_trainer.ipynb #334feb71
 @patch
 def score(self: Trainer, rollout: Rollout):
-    "Ask the reward, or wait until the thread has asked for all; completes the rollout in place"
+    "Score the rollout, or wait until the thread has scored it all; completes the rollout in place"
     answers = [] if rollout.pending else [self.scored(rollout)]
     try:
         for job in rollout.pending or []:
@@ -295,7 +294,7 @@ def action_log_prob(
     rollout: Rollout,
     part,  # (groups `[M]`, steps `[M]`), such as a `Minibatch`
 ) -> tuple:  # log-probabilities `[K,M]` of the stored actions, and the network's output `[S*M,C,H,W]`
-    "How probable the current policy finds what was done"
+    "Log-probability of the sampled actions under the current policy"
     (groups, steps), S, K = part, len(rollout.states), len(rollout.actions)
     state, action = (x[:, groups, steps].flatten(0, 1) for x in (rollout.states, rollout.actions))
     i = steps.repeat(S)
@@ -409,7 +408,7 @@ def gradients_exchanged(self: Trainer, last: bool):  # a context manager
 # %% ../nbs/26_trainer.ipynb #782301e9
 @patch
 def credit_metrics(self: Trainer, rollout: Rollout) -> dict:
-    "How often an anchor among all steps would be another than one of the interior, and the smallest divisor"
+    "How often the anchor among all steps differs from that of the interior, and the smallest divisor"
     pred_x0, indices = rollout.pred_x0.flatten(0, 1), rollout.indices.flatten(0, 1)
     differ = (select_anchor(pred_x0, "all") != select_anchor(pred_x0, "interior")).float()
     several = indices.shape[1] > 1
@@ -420,7 +419,7 @@ def credit_metrics(self: Trainer, rollout: Rollout) -> dict:
 # %% ../nbs/26_trainer.ipynb #e6577117
 @patch
 def update_metrics(self: Trainer) -> dict:
-    "Means over the epoch's updates and processes; zeros where there was nothing to learn from"
+    "Means over the epoch's updates and processes; zeros if there was no update"
     means = {"loss": 0.0, "clip_fraction": 0.0}
     if self.logs:
         names = list(self.logs[0][1])
@@ -432,7 +431,7 @@ def update_metrics(self: Trainer) -> dict:
 # %% ../nbs/26_trainer.ipynb #b0109141
 @patch
 def close_rollout(self: Trainer, rollout: Rollout) -> dict:  # the line of metrics.jsonl
-    "Count what the epoch cost, and what is written about it"
+    "Count the costs of the epoch and return its log line"
     self.counts["epoch"] += 1
     self.counts["samples"] += self.groups_per_epoch * self.group_size
     self.counts["reward_queries"] += sum(gather_object([rollout.queries]))

@@ -9,15 +9,15 @@ __all__ = ['Tree', 'branch_noise', 'sample_tree', 'first_branch', 'branching_ste
 
 # %% ../nbs/28_tree.ipynb #9cd3045d
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 import torch
 from diffusers import DDIMScheduler
 
 # %% ../nbs/28_tree.ipynb #7780ceb6
-from .batching import Rollout
+from .batching import Rollout, slices
 from .config import PolicyGradientConfig, setting, step_counts
-from .mdp import hash_seed, keyed_noise
+from .mdp import arriving, hash_seed, keyed_noise
 from .plan import mean_number
 from .samplers import make_sampler
 from .trainer import Trainer
@@ -30,21 +30,25 @@ class Tree:
     states: torch.Tensor  # `[S,B,T,C,H,W]`, where the candidates acted; S is 1 where all share their state, else K
     actions: torch.Tensor  # `[K,B,T,C,H,W]`, the next latent
     log_prob: torch.Tensor  # `[K,B,T]`, nats per dimension
-    predicted: (
-        torch.Tensor
-    )  # `[K,B,T,C,H,W]`, the clean sample predicted from each action; at the end the action itself
+    predicted: torch.Tensor  # `[K,B,T,C,H,W]`, the clean sample predicted from each action, at the end itself; or None
     scores: torch.Tensor  # `[K,B,T]`, of what is predicted at the end of the step's segment; NaN where nothing branched
     chosen: torch.Tensor  # LongTensor `[B,T]`, which candidate sampling went on from
     latents: torch.Tensor  # `[B,T+1,C,H,W]`, the trajectory through the chosen candidates
     pred_x0: torch.Tensor  # `[B,T,C,H,W]`, the clean samples predicted along it
 
     @classmethod
-    def cat(cls, trees):  # list of trees with the same T and K
-        "One after the other"
-        batch_first = ("chosen", "latents", "pred_x0")
-        return cls(
-            *(torch.cat([getattr(t, f.name) for t in trees], int(f.name not in batch_first)) for f in fields(cls))
-        )
+    def cat(cls, trees, number: int):  # trees with the same T and K; B in all
+        "One after the other, each copied to its place as it comes: those of an iterator are never there together"
+        tables, start = {}, 0
+        for tree in trees:
+            for name, value in [(f.name, getattr(tree, f.name)) for f in fields(cls)]:
+                axis = int(name not in ("chosen", "latents", "pred_x0"))
+                if value is not None and not start:
+                    tables[name] = value.new_empty(*value.shape[:axis], number, *value.shape[axis + 1 :])
+                if value is not None:
+                    tables[name].narrow(axis, start, len(tree.chosen)).copy_(value)
+            start += len(tree.chosen)
+        return cls(**{f.name: tables.get(f.name) for f in fields(cls)})
 
 # %% ../nbs/28_tree.ipynb #e367df84
 def branch_noise(
@@ -78,7 +82,8 @@ class _Front(NamedTuple):
 
     def pick(self, chosen):  # LongTensor `[B]`
         "The front of the chosen candidates alone"
-        return _Front(*(value[chosen, range(len(chosen))][None] for value in self))
+        rows = torch.arange(len(chosen), device=chosen.device)
+        return _Front(*(value[chosen, rows][None] for value in self))
 
 
 def _look(predict, sampler, x, i):  # states `[S,B,C,H,W]` of step i
@@ -86,7 +91,7 @@ def _look(predict, sampler, x, i):  # states `[S,B,C,H,W]` of step i
     if i == sampler.num_steps:
         return _Front(x, x, x)
     flat = x.flatten(0, 1)
-    output = predict(flat, sampler.timesteps[i].item())
+    output = predict(flat, sampler.timesteps[i])
     pred_x0 = sampler.step(output, flat, i, action=flat).pred_x0
     return _Front(x, output.unflatten(0, x.shape[:2]), pred_x0.unflatten(0, x.shape[:2]))
 
@@ -112,7 +117,7 @@ def _act(predict, sampler, front, noise, i):  # noise `[W,B,C,H,W]` of step i; a
 
 # %% ../nbs/28_tree.ipynb #044867f7
 def _choose_candidate(scores, picks, continue_from):  # `[K,B]`, drawn uniformly `[B]`, "random", "winner" or "loser"
-    "Where sampling goes on, LongTensor `[B]`"
+    "The candidates from which sampling continues, LongTensor `[B]`"
     if continue_from == "random":
         return picks
     return scores.argmax(0) if continue_from == "winner" else scores.argmin(0)
@@ -124,10 +129,10 @@ def _segment(predict, score, sampler, front, noises, picks, numbers, continue_fr
     for i in numbers:
         step, front = _act(predict, sampler, front, noises[:, :, i], i)
         steps.append(step)
-    scores, chosen = torch.full((width, B), torch.nan), torch.zeros(B, dtype=torch.long)
+    scores, chosen = step.log_prob.new_full((width, B), torch.nan), torch.zeros_like(picks[:, 0])
     if score:
-        time = sampler.timesteps[end].item() if end < sampler.num_steps else 0
-        scores = score(front.pred_x0.flatten(0, 1), time).view(width, B).cpu()
+        time = sampler.timesteps[end] if end < sampler.num_steps else torch.zeros_like(sampler.timesteps[0])
+        scores = score(front.pred_x0.flatten(0, 1), time).view(width, B).to(scores)
         chosen = _choose_candidate(scores, picks[:, end - 1], continue_from)
     return [step._replace(scores=scores, chosen=chosen) for step in steps], front.pick(chosen)
 
@@ -143,7 +148,7 @@ def _check_noises(sampler, initial_noise, noises):
 # %% ../nbs/28_tree.ipynb #c72ef22f
 def _stack(steps, start, K):  # T of `_Step`, the first `_Front`
     "A `Tree` of all steps; where nothing branched, one candidate stands for all K"
-    S, rows = max(len(step.states) for step in steps), range(start.x.shape[1])
+    S, rows = max(len(step.states) for step in steps), torch.arange(start.x.shape[1], device=start.x.device)
     picked = lambda name: [getattr(step, name)[step.chosen, rows] for step in steps]
 
     def column(name, width):
@@ -161,12 +166,12 @@ def _stack(steps, start, K):  # T of `_Step`, the first `_Front`
 @torch.no_grad()
 def sample_tree(
     predict,  # (states `[N,C,H,W]`, timestep) -> the network's output; N is B, or K*B with candidates outermost
-    score,  # (clean latents `[K*B,C,H,W]`, timestep) -> `[K*B]`; timestep 0 for finished samples
+    score,  # (clean latents `[K*B,C,H,W]`, timestep) -> `[K*B]`; both timesteps are tensors, 0 for finished samples
     sampler,  # of T steps
     initial_noise: torch.Tensor,  # `[B,C,H,W]`
     noises: torch.Tensor,  # `[K,B,T,C,H,W]`
     picks: torch.Tensor,  # LongTensor `[B,T]`, uniform in 0…K-1
-    branching: torch.Tensor,  # BoolTensor `[T]`: steps at which candidates are drawn; the others are ordinary
+    branching,  # T of bool, or BoolTensor `[T]`: steps at which candidates are drawn; the others are ordinary
     *,
     segment_steps: int = 1,  # steps that each candidate takes before it is compared
     continue_from: str = "random",  # "random", "winner" or "loser"
@@ -199,7 +204,7 @@ def branching_steps(sampler, divert_start: int = None) -> torch.Tensor:  # BoolT
 # %% ../nbs/28_tree.ipynb #cfa9e349
 @dataclass(frozen=True)
 class TreeConfig(PolicyGradientConfig):
-    "What methods obey that compare several actions from one state. `pairs_per_epoch` counts trees"
+    "Settings of methods that compare several actions from one state. `pairs_per_epoch` counts trees"
 
     candidates: int = setting(4, "k, drawn at every branching step", low=2, high=64)
     divert_start: int = setting(None, "ordinary steps at first; None: those above timestep 750, if T > 3", low=0)
@@ -280,35 +285,43 @@ class TreeTrainer(Trainer):
         "Of `sample_tree`"
         return dict(continue_from=self.config.continue_from)
 
-    def judge(self, latents, timestep, prompts):  # clean `[N,C,H,W]`, a number, N texts; `[N]`
+    def judge(self, latents, timestep, prompts):  # clean `[N,C,H,W]`, a tensor of one number, N texts; `[N]`
         "Scores of candidates; each is a query"
         self.judged += len(latents)
         return self.score_latents(latents, prompts)
 
-    def grow(self, groups, prompts, embedding) -> Tree:  # numbers `[b]`, b texts, their embedding
+    def draw_noise(self, groups):  # numbers `[b]`; see `branch_noise`, on the CPU
+        c, policy = self.config, self.policy
+        sizes = c.candidates, self.sampler.num_steps, policy.latent_shape
+        return branch_noise(c.seed, self.epoch, groups, *sizes, policy.dtype)
+
+    def grow(
+        self, drawn, prompts, embedding, branching
+    ) -> Tree:  # of `draw_noise`, b texts, their embedding; T of bool
         "Trees for a batch of prompts"
-        c, count, policy = self.config, len(prompts), self.policy
-        place = policy.latent_shape, policy.dtype, policy.device
-        drawn = branch_noise(c.seed, self.epoch, groups, c.candidates, self.sampler.num_steps, *place)
+        count, policy = len(prompts), self.policy
         predict = lambda x, t: policy.predict(x, t, embedding.repeat(len(x) // count))
         judge = lambda x, t: self.judge(x, t, prompts * (len(x) // count))
-        return sample_tree(predict, judge, self.sampler, *drawn, self.branching, **self.tree_options())
+        tree = sample_tree(predict, judge, self.sampler, *drawn, branching, **self.tree_options())
+        return replace(tree, predicted=None)  # it has been scored
 
     def sample(self) -> Rollout:
         "The trees of this epoch on this process, with all candidates; their scores stand as dense rewards"
-        (groups, prompts), self.judged = self.draw_groups(), 0
-        embedding, parts = self.policy.embed(prompts), torch.arange(len(groups)).split(self.micro_batch)
+        (groups, prompts), self.judged, branching = self.draw_groups(), 0, self.branching.tolist()
+        embedding, chunks = self.policy.embed(prompts), slices(len(groups), self.sampling_batch)
         with self.policy.gathered():
-            trees = [self.grow(groups[part], [prompts[i] for i in part], embedding[part]) for part in parts]
-        t = Tree.cat(trees)
+            drawn = arriving(self.draw_noise, [groups[chunk] for chunk in chunks], self.policy.device)
+            parts = zip(chunks, drawn)
+            trees = (self.grow(noise, prompts[at], embedding[at], branching) for at, noise in parts)
+            t = Tree.cat(trees, len(groups))
         found = dict(states=t.states, actions=t.actions, dense=t.scores, chosen=t.chosen, queries=self.judged)
         return Rollout(prompts, embedding, t.latents[None], t.pred_x0[None], t.log_prob, **found)
 
     def keep_extremes(self, rollout: Rollout):
         "Of all candidates of a step two remain, best and worst; returns which they were, LongTensor `[2,B,T]`"
         sides = torch.stack([rollout.dense.argmax(0), rollout.dense.argmin(0)])
-        trees, steps = torch.arange(sides.shape[1])[:, None], torch.arange(sides.shape[2])
+        trees, steps = (torch.arange(number, device=sides.device) for number in sides.shape[1:])
         own = ["states"] if len(rollout.states) > 1 else []
         for name in ("log_prob", "actions", "dense", *own):
-            setattr(rollout, name, getattr(rollout, name)[sides, trees, steps])
+            setattr(rollout, name, getattr(rollout, name)[sides, trees[:, None], steps])
         return sides

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from sdpo_nb.config import TrainConfig
 from sdpo_nb.models import load_policy
 from sdpo_nb.trainer import Trainer
 
@@ -23,11 +22,14 @@ def noisy_redness(images, prompts):
     return redness(images, prompts) + 0.01 * torch.rand(len(images))
 
 
-def small_trainer(pipeline, root, *, reward=redness, callbacks=(), prompts=PROMPTS, policy=None, **settings):
+def small_trainer(
+    pipeline, root, *, reward=redness, callbacks=(), prompts=PROMPTS, policy=None, kind=Trainer, **settings
+):
     "A trainer of a small run in the folder `run` below `root`, or as the settings say"
     policy = policy or load_policy(pipeline, device="cpu", precision=settings.get("precision", "fp32"))
-    config = TrainConfig(**{**SMALL, "output_dir": str(Path(root) / "run"), **settings})
-    return Trainer(policy, reward, prompts, config, list(callbacks))
+    small = {name: value for name, value in SMALL.items() if name in kind.settings.__dataclass_fields__}
+    config = kind.settings(**{**small, "output_dir": str(Path(root) / "run"), **settings})
+    return kind(policy, reward, prompts, config, list(callbacks))
 
 
 def rolled(trainer, epoch=0):

@@ -3,10 +3,14 @@
 import json
 import time
 import warnings
+from functools import partial
 
 import gpu_check
+import options
 import pytest
 import torch
+
+from sdpo_nb.models import load_policy
 
 
 def rehearsal(tmp_path, *words):
@@ -92,9 +96,41 @@ def test_parameters_are_filled_and_those_of_two_modules_once():
     assert network[1].weight.eq(1).all() and network[0].bias.eq(0).all() and network[0].bias.dtype == torch.bfloat16
 
 
-def test_options_without_their_setting_are_passed_over():
-    assert gpu_check.offered(gpu_check.Option(settings=dict(gradient_checkpointing=True)))
-    assert not gpu_check.offered(gpu_check.Option(settings=dict(a_setting_of_the_future=True)))
+def test_options_say_why_they_are_not_measured():
+    known = options.Option(settings=dict(gradient_checkpointing=True))
+    assert options.why_not(known, "cpu") == options.why_not(known, "cuda") == ""
+    unknown = options.Option(settings=dict(a_setting_of_the_future=True))
+    assert options.why_not(unknown, "cuda") == "the package has no such setting"
+    assert options.why_not(options.options["TF32"], "cpu") == "only on a GPU"
+    assert options.why_not(options.options["whole denoiser compiled"], "cuda").startswith("only on a CPU")
+
+
+SMALL = dict(prompts=["a cat", "a dog"], reward="warmth", num_steps=2, pairs_per_epoch=2, pairs_per_update=2)
+SMALL |= dict(micro_batch=2, min_count=1, learning_rate=1e-2)
+
+
+def test_an_option_and_its_absence_take_turns(pipeline):
+    row = options.compare(options.options["gradient checkpointing"], partial(load_policy, pipeline), SMALL, 2)
+    assert len(row["sampling_ratios"]) == len(row["training_ratios"]) == 2 and row["first_epoch"] > 0
+    assert row["log_ratio"] == row["log_ratio_without"] == row["recomputed"] == 0 and row["within_bound"]
+
+
+def test_a_fused_lora_leaves_the_weights_as_they_were(pipeline, tmp_path):
+    policy, option = load_policy(pipeline), options.options["LoRA fused while sampling"]
+    trainer = options.build(option, policy, SMALL, tmp_path, True)
+    before = {name: weight.clone() for name, weight in policy.denoiser.named_parameters()}
+    for weight in trainer.parameters:
+        weight.data += 0.1
+    trainer.begin_epoch()
+    fused, plain = trainer.sample(), type(trainer).sample(trainer)
+    for name, weight in policy.denoiser.named_parameters():
+        assert torch.equal(weight, before[name]) or "lora" in name
+    torch.testing.assert_close(fused.latents, plain.latents, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(fused.latents, plain.latents)
+
+
+def test_the_parts_fit_into_ten_minutes():
+    assert sum(limit for _, limit in gpu_check.parts.values()) <= 600
 
 
 @pytest.mark.parametrize("mode", ["error", "warn"])

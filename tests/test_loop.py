@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sdpo_nb.trainer
+import sdpo_nb.tree
 from sdpo_nb.batching import placed
+from sdpo_nb.branch import BranchTrainer
+from sdpo_nb.spo import SPOTrainer
 
 READING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "_unique2", "unique_dim", "masked_select", "equal"}
 
@@ -84,13 +87,17 @@ def on_gpu(trainer):
 @pytest.fixture
 def waits(monkeypatch):
     "The operations of the sampling steps and of the micro-batches that make the host wait"
-    mode, sample = Waits(), sdpo_nb.trainer.sample_trajectories
+    mode = Waits()
 
-    def watched(*given):
-        with mode:
-            return sample(*given)
+    def watched(function):
+        def run(*given, **options):
+            with mode:
+                return function(*given, **options)
 
-    monkeypatch.setattr(sdpo_nb.trainer, "sample_trajectories", watched)
+        return run
+
+    for room, name in ((sdpo_nb.trainer, "sample_trajectories"), (sdpo_nb.tree, "sample_tree")):
+        monkeypatch.setattr(room, name, watched(getattr(room, name)))
     return mode
 
 
@@ -130,7 +137,13 @@ def test_the_inner_loops_never_wait(random_folder, tmp_path, waits, settings):
     trainer = on_gpu(small_trainer(random_folder(), tmp_path, **settings))
     rollout = trainer.sample()
     assert rollout.latents.device.type == "meta" and not waits.found
-    rollout.advantages = rollout.reference_log_prob = torch.zeros_like(rollout.log_prob)
+    rollout.advantages = torch.zeros_like(rollout.log_prob)
+    one_update(trainer, rollout, waits)
+
+
+def one_update(trainer, rollout, waits):
+    "Loss and gradient in micro-batches, of which none waits"
+    rollout.reference_log_prob = torch.zeros_like(rollout.log_prob)
     trainer.norms.append(0.0)  # in the first update of an epoch the log-ratio is looked at
     minibatch = placed(trainer.schedule(rollout), "meta")[0]
     with waits:
@@ -139,6 +152,31 @@ def test_the_inner_loops_never_wait(random_folder, tmp_path, waits, settings):
             trainer.accelerator.backward(trainer.scaler.scale(part.share * loss))
     assert len(trainer.logs) == len(minibatch) > 1 and not waits.found
     assert all(parameter.grad.device.type == "meta" for parameter in trainer.policy.trainable_parameters().values())
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (BranchTrainer, dict(recipe="sdpo_branch")),
+        (BranchTrainer, dict(recipe="sdpo_branch", candidates=4, continue_from="winner")),
+        (SPOTrainer, dict(recipe="spo", segment_steps=2, preference_model="reward")),
+    ],
+    ids=str,
+)
+def test_no_step_of_a_tree_waits(random_folder, tmp_path, waits, monkeypatch, kind, settings):
+    "Only the scorer may, which decodes; here one answers that has no numbers, as it would from the GPU"
+    trainer = small_trainer(random_folder(), tmp_path, kind=kind, num_steps=4, **settings)
+    monkeypatch.setattr(kind, "branching", trainer.branching)  # read once an epoch
+    trainer = on_gpu(trainer)
+    trainer.score_latents = lambda latents, *_, **options: latents.new_zeros(len(latents), dtype=torch.float32)
+    rollout = trainer.sample()
+    assert rollout.actions.device.type == rollout.dense.device.type == "meta" and not waits.found
+    rollout.valid = torch.ones(rollout.log_prob.shape[1:], dtype=torch.bool)  # SPO has looked at the scores
+    with waits:
+        sides = trainer.keep_extremes(rollout)
+    rollout.advantages = torch.zeros_like(rollout.log_prob)
+    assert sides.device.type == "meta" and len(rollout.actions) == 2
+    one_update(trainer, rollout, waits)
 
 
 @pytest.mark.parametrize("unneeded", ["transformers", "peft"])

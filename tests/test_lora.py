@@ -365,3 +365,17 @@ def test_a_half_precision_layer_computes_as_its_base_unless_it_is_a_special_one(
         twin.lora_B["a"].weight.zero_()
     assert torch.equal(layer(x), here) or options
     assert plain is False or torch.equal(twin(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_with_a_lora_can_be_compiled(dtype):
+    "`torch.compile` reads its forward pass; what makes machine code of it does not matter here"
+    base, x = torch.nn.Linear(24, 16).requires_grad_(False).to(dtype), torch.randn(2, 5, 24).to(dtype)
+    layer = Linear(base, "a", LoraConfig(r=4, init_lora_weights=False), r=4, lora_alpha=4)
+    layer.lora_A.float(), layer.lora_B.float()
+    _compute_as_base(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).float().sum().backward()
+    assert layer.lora_A["a"].weight.grad is not None

@@ -66,7 +66,7 @@ def test_queries(settings, per_pair):
 @pytest.mark.parametrize(
     "reward, updates", [("aesthetic", 100), ("imagereward", 50), ("hpsv2", 50), ("pickscore", 100)]
 )
-@pytest.mark.parametrize("suffix, processes", [("", 1), ("_1x80gb", 1), ("_4x24gb", 4)])
+@pytest.mark.parametrize("suffix, processes", [("", 1), ("_1x80gb", 1), ("_4x24gb", 4), ("_1x141gb", 1)])
 def test_presets_make_the_updates_of_the_reference(reward, updates, suffix, processes):
     c = resolve(preset_config(f"sd_turbo_{reward}{suffix}"))
     plan = batch_plan(c, processes)
@@ -83,12 +83,14 @@ def test_what_processes_cannot_share():
     with pytest.raises(ValueError, match="reward_worker is true, but a process samples its 8 pairs in one batch"):
         check_processes(resolve(TrainConfig(reward_worker=True, micro_batch=8)), 2)
     check_processes(resolve(TrainConfig(reward_worker=True, micro_batch=4)), 2)
+    with pytest.raises(ValueError, match="choose a smaller micro_batch or sampling_batch, or false"):
+        check_processes(resolve(TrainConfig(reward_worker=True, micro_batch=4, sampling_batch=8)), 2)
 
 
 @pytest.mark.parametrize("name", presets)
 def test_every_preset_has_a_page(name):
     page = plan_text(resolve(preset_config(name)), ["a cat"])
-    assert "optimizer steps in total" in page and f"{'MB' if name == 'tiny' else 'GB'} in all, estimated" in page
+    assert "optimizer steps in total" in page and f"{'MB' if name.startswith('tiny') else 'GB'} in all, estimated" in page
     assert plan_text(resolve(preset_config(name, policy="./mine")), ["a cat"]).endswith("try a small micro_batch first")
     hint = launch_hint(name, 1)
     assert ("accelerate launch --num_processes 4" in hint) == name.endswith("_4x24gb") and not launch_hint(name, 4)
@@ -99,10 +101,19 @@ def total(**changes):
 
 
 def test_memory_grows_with_the_batch():
-    kept = model_sizes["stabilityai/sd-turbo"]["kept"][2]
-    assert total(micro_batch=16) - total(micro_batch=8) == pytest.approx(16 * kept)
+    kept, part = model_sizes["stabilityai/sd-turbo"]["kept"][2], "a training pass, or decoding"
+    larger, smaller = (memory_estimate(resolve(preset_config("sd_turbo_imagereward", micro_batch=n))) for n in (16, 8))
+    assert larger[part] - smaller[part] == pytest.approx(16 * kept)
+    joined = 16 * 4 * 64 * 64 * 101 * 2 / 1e9  # a batch is there twice while it is copied to its place
+    assert larger["rollout"] - smaller["rollout"] == pytest.approx(joined)
     saved = [total(micro_batch=size, gradient_checkpointing=True) for size in (1, 2, 4)]
     assert saved == sorted(set(saved))  # fewer pictures are decoded at once
+    large = memory_estimate(resolve(preset_config("sd_turbo_imagereward", sampling_batch=64)))
+    checkpointed = model_sizes["stabilityai/sd-turbo"]["checkpointed"][2]  # sampling keeps no more
+    few, none = (memory_estimate(resolve(preset_config("sd_turbo_imagereward", sampling_batch=n))) for n in (16, 0))
+    assert large[part] == pytest.approx(128 * checkpointed) and few[part] == none[part]
+    for reward in reward_settings:
+        assert 40 < memory_estimate(resolve(preset_config(f"sd_turbo_{reward}_1x141gb")))["in all, estimated"] < 141
     assert {*reward_settings} <= reward_sizes.keys() and "" in hardware
 
 

@@ -75,6 +75,17 @@ def test_a_larger_budget_repeats_what_had_not_arrived(monkeypatch, given):
     assert {"recipe", "reward", "seed", "config", "versions", "evaluations"} <= set(race.read_jsonl(given.output)[0])
 
 
+def test_lines_of_other_settings_are_not_shown(monkeypatch, given):
+    "But those of an older version are, which did not know all of today's settings"
+    trained(monkeypatch, lambda job: 5.0)
+    line = race.execute(race.Job("ddpo", 1, 1e-2, 10.0, "report"), given, before)
+    for change, shown in ((dict(kl_coefficient=0.7), False), ({}, True)):
+        config = {**line["config"], **change}
+        del config["sampling_batch"]
+        given.output.write_text(json.dumps({**line, "config": config}) + "\n")
+        assert bool(race.committed(given)["ddpo"]) == shown
+
+
 def test_without_trls_environment_the_others_are_measured(monkeypatch, given):
     def measure(job, given, before):
         if job.method == "trl":

@@ -197,6 +197,19 @@ def test_micro_batches_do_not_change_the_gradient(make, recipe):
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
 
 
+@pytest.mark.parametrize("recipe", ["sdpo", "ddpo"])
+def test_a_sampling_batch_of_its_own(make, recipe):
+    "Other batches, the same trajectories up to rounding, and a log-ratio within its bound"
+    alike, own = make(recipe=recipe, micro_batch=1), make(recipe=recipe, micro_batch=1, sampling_batch=4)
+    first, seen = rolled(alike), []
+    handle = own.policy.denoiser.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    second = rolled(own)
+    handle.remove()
+    assert seen == [4 * own.groups_per_pair * own.group_size] * own.config.num_steps
+    torch.testing.assert_close(second.latents, first.latents, rtol=1e-3, atol=1e-3)
+    assert learn(own, second)["log_ratio/max_before_update"] <= own.log_ratio_bound()
+
+
 def test_two_passes_give_the_gradient_of_the_full_graph(make):
     trainer = make(recipe="prdp", pairs_per_update=4, clip_range=1e-2)
     rollout = rolled(trainer)

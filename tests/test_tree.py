@@ -78,7 +78,7 @@ def test_a_tree_does_not_depend_on_its_batch(policy):
     (both, _, _), (one, _, _), (other, _, _) = (
         grow(policy, B=len(indices), indices=indices) for indices in ([4, 9], [4], [9])
     )
-    joined = Tree.cat([one, other])
+    joined = Tree.cat([one, other], 2)
     assert torch.equal(joined.chosen, both.chosen) and torch.equal(joined.latents[:, 0], both.latents[:, 0])
     assert joined.states.shape == both.states.shape and joined.scores.shape == both.scores.shape
     # more candidates leave the first ones alone
