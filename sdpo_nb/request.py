@@ -41,14 +41,14 @@ _methods = {
 def method_settings(
     recipe,  # its name; anything unknown goes with the common settings, which refuse it
 ) -> type:  # the class of its settings
-    "Which settings a recipe has"
+    "The settings class of a recipe"
     return resolve_name(f"{_methods[recipe]}Config") if str(recipe) in _methods else TrainConfig
 
 
 def method_trainer(
     recipe: str,  # its name
 ) -> type:  # the class of its trainer
-    "Who carries a recipe out"
+    "The trainer class of a recipe"
     return resolve_name(f"{_methods.get(recipe, 'sdpo_nb.trainer:')}Trainer")
 
 # %% ../nbs/27_request.ipynb #67862f2a
@@ -72,7 +72,7 @@ def _method_source(recipe: str) -> str:
 
 
 def _refuse_others(words: list, kind: type, recipe: str):
-    "Raise ValueError for a flag that only other methods obey"
+    "Raise ValueError for a flag that only other methods use"
     names = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     for name in sorted(names - {f.name for f in fields(kind)}):
         check_names({name: None, "recipe": recipe}, kind, None)
@@ -99,7 +99,7 @@ def saved_config(
     folder,  # of a run
     field: str,  # named in the message
 ) -> RunConfig:  # `prompts` may be a list
-    "The settings that a run wrote down. Raises `ValueError` where the folder is none of a run"
+    "The settings stored in a run folder. Raises `ValueError` for any other folder"
     path = Path(folder) / "config.json"
     if not path.is_file():
         problem = "which is not the folder of a run; give one that sdpo-train wrote."
@@ -115,11 +115,11 @@ def check_reward_files(
     noted: dict,  # place -> SHA-256 of the content at that time
 ):
     "Raise ValueError where a file of the reward has changed; nothing in it is executed"
-    from sdpo_nb.calls import file_hash, is_reference, source_of
+    from sdpo_nb.calls import file_hash, is_reference, place_of, source_of
     from sdpo_nb.rewards import reward_names
 
     for name in filter(is_reference, reward_names(reward)):
-        place = name.rpartition(":")[0]
+        place = place_of(name)
         if place in noted and noted[place] != file_hash(source_of(name, "reward")):
             remedy = f"restore that file, or give --reward {reward} to mean what it says now"
             raise ValueError(f"reward is {reward!r}, but {place!r} has changed since the run was started; {remedy}.")
@@ -144,7 +144,7 @@ def training_config(
     preset: str,  # its name; None for a run that goes on, or for the defaults with a `config`
     given: dict,  # fields of the command line, and `config`, a YAML file
 ) -> tuple:  # resolved settings, and prompts
-    "What a command line means, fully checked. Raises `ValueError`"
+    "Settings and prompts of a command line, fully checked. Raises `ValueError`"
     given, kind = dict(given), method_settings(_intended_recipe(given))
     flags = {*given}
     if (file := given.pop("config", None)) is not None:
