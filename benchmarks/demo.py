@@ -1,7 +1,8 @@
 """Run the demo once per seed and keep each run's evaluation.
 
-    python benchmarks/demo.py              # seeds 7, 8, 9: benchmarks/results/demo/, and the README's picture
+    python benchmarks/demo.py              # seeds 10, 11, 12: benchmarks/results/demo/, and the README's picture
     python benchmarks/demo.py --seeds 1 2
+    python benchmarks/demo.py --trials     # how the KL penalty was chosen: benchmarks/results/tuning/demo.jsonl
     python benchmarks/demo.py --base       # the copy of the evaluation before that comes with the package
 
 Nothing else should run meanwhile, as times are reported, too. The picture, nbs/images/demo.png, is that of the first
@@ -21,11 +22,20 @@ from pathlib import Path
 
 from sdpo_nb import callbacks
 from sdpo_nb.config import preset_config, resolve
-from sdpo_nb.files import read_json, read_jsonl, versions, write_json
+from sdpo_nb.evaluate import step_generalization, usual_steps
+from sdpo_nb.files import append_jsonl, read_json, read_jsonl, versions, write_json
 from sdpo_nb.models import load_policy
+from sdpo_nb.run import Callback
 from sdpo_nb.trainer import Trainer
 
-results = Path(__file__).parent / "results" / "demo"
+results, tried = (Path(__file__).parent / "results" / name for name in ("demo", "tuning/demo.jsonl"))
+trials = (  # what is changed in the preset; seeds, which are not reported; when to measure
+    ({"kl_coefficient": 0.0}, (101,), (18, 22, 25, 28)),
+    ({"kl_coefficient": 0.0}, (102,), (18, 22)),
+    ({"kl_coefficient": 0.05}, (101, 102, 103), (28,)),
+    ({"kl_coefficient": 0.1}, (101,), (28, 32)),
+    ({"kl_coefficient": 0.0, "reward": "1*shapes_warmth+0.8*shapes_alignment"}, (101,), (24,)),
+)
 picture = Path(__file__).parents[1] / "nbs" / "images" / "demo.png"
 
 
@@ -104,13 +114,49 @@ def summary(seed: int, found: dict) -> str:
     return f"seed {seed}: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} CPU s; {what}: {told}"
 
 
+class Trial(Callback):
+    "Measures after some epochs: gains in standard deviations before training, and changes of agreement"
+
+    def __init__(self, seed, changes, epochs):
+        self.epochs, self.told = epochs, {"seed": seed, "changes": changes}
+
+    def measure(self, run):
+        step_counts = list(usual_steps)
+        pairs = dict(steps=step_counts, samples=run.config.eval_samples, seed=run.config.eval_seed)
+        return step_generalization(run.policy, run.reward, run.prompts, **pairs)
+
+    def before_train(self, run):
+        with run.policy.without_lora():
+            self.before = self.measure(run)
+
+    def after_epoch(self, run, metrics):
+        if metrics["epoch"] in self.epochs:
+            before, after = self.before, self.measure(run)
+            gain, change = (after.mean - before.mean) / before.std, after.agreement - before.agreement
+            line = self.told | {"epoch": metrics["epoch"], "steps": list(after.steps), "pairs": run.config.eval_samples}
+            append_jsonl(tried, line | {"gain": gain.tolist(), "agreement": change.tolist()})
+
+
+def try_settings():
+    "The trials that are not in the file yet."
+    done = [(line["seed"], line["changes"]) for line in (read_jsonl(tried) if tried.is_file() else [])]
+    for changes, seeds, epochs in trials:
+        for seed in (seed for seed in seeds if (seed, changes) not in done):
+            with tempfile.TemporaryDirectory() as folder:
+                changed = changes | {"seed": seed, "epochs": max(epochs), "output_dir": f"{folder}/run"}
+                config, policy = preset_config("tiny", **changed), load_policy("tiny", device="cpu")
+                watchers = [Trial(seed, changes, epochs)]
+                Trainer(policy, config.reward, config.prompts, config, callbacks=watchers).train()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--base", action="store_true", help="evaluate the model before training, and nothing else")
+    parser.add_argument("--trials", action="store_true", help="the trials behind the preset, and nothing else")
     given = parser.parse_args()
-    if given.base:
-        return keep_base()
+    if given.base or given.trials:
+        return keep_base() if given.base else try_settings()
     for number, seed in enumerate(given.seeds):
         path = results / f"seed_{seed}.json"
         if not path.is_file():

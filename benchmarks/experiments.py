@@ -70,8 +70,9 @@ trained_prompts = {quality: prompt_lists["shapes"], alignment: hardest}
 unseen_prompts = {
     reward: [c for c in all_captions() if c not in trained][::7][:24] for reward, trained in trained_prompts.items()
 }
-mixture = "0.5*shapes_aesthetic+0.5*shapes_alignment"  # of the frontier
-trained_prompts[mixture] = prompt_lists["shapes"]
+mixture, size = "0.5*shapes_aesthetic+0.5*shapes_alignment", "shapes_size"  # of the frontier
+mostly_quality = "0.7*shapes_aesthetic+0.3*shapes_alignment"
+trained_prompts |= dict.fromkeys((mixture, mostly_quality, size), prompt_lists["shapes"])
 open_prompts = ("", "a circle", "a square", "a star")
 
 # What SDPO does about the steps of a trajectory, which can be given to any other method as well.
@@ -141,33 +142,52 @@ frontier_methods = {
     "SPO cheap, T=4": Method("spo", dict(num_steps=4, **cheap)),
     "SPO cheap, mixed T": Method("spo", dict(num_steps=(2, 3, 4), **cheap)),
     "DDPO, T=2": Method("ddpo", dict(num_steps=2, **shuffled)),
+    "DDPO, T=4": Method("ddpo", dict(num_steps=4, **shuffled)),
+    "D3PO, T=2": Method("d3po", dict(num_steps=2, **shuffled)),
+    "D3PO, T=4": Method("d3po", dict(num_steps=4, **shuffled)),
+    "PRDP/REBEL, T=2": Method("rebel", dict(num_steps=2, **even_steps)),
+    "PRDP/REBEL, T=4": Method("rebel", dict(num_steps=4, **even_steps)),
 }
 for name in ("Branch, mixed T", "SPO cheap, T=4", "SDPO, T=2"):  # with a penalty, at the settings searched without it
     changes = {**frontier_methods[name].changes, "kl_coefficient": 0.3}
     frontier_methods[f"{name} + KL"] = replace(frontier_methods[name], changes=changes)
 begun = {"SDPO, T=10": 4, "Branch, T=4, k=4": 4, "Branch late, T=4, k=4": 5}  # settings tried; these are not reported
+begun |= {"D3PO, T=2": 3, "PRDP/REBEL, T=2": 3}  # these are
+borrowed = {
+    f"{name}, T=4": f"{name}, T=2" for name in ("DDPO", "D3PO", "PRDP/REBEL")
+}  # not searched anew at four steps
+borrowed |= {name: name.removesuffix(" + KL") for name in frontier_methods if name.endswith(" + KL")}
 frontier_seeds = (11, 12, 13, 14, 15)
 five, three = frontier_seeds, frontier_seeds[:3]
+bar_seeds, bar_rewards = (21, 22, 23, 24, 25), {quality: 5, mixture: 3}  # how many seeds
+bar_method = "Branch, mixed T + KL"
 frontier_plan = {  # reward -> setting -> training seeds
     quality: {
         "Branch, mixed T + KL": five,
         "SPO cheap, T=4": five,
         "Branch, mixed T": five,
         "SDPO, T=2": five,
-        "SDPO, mixed T": three,
+        "SDPO, mixed T": five,
         "SPO cheap, mixed T": three,
-        "Branch, T=4": three,
+        "Branch, T=4": five,
         "DDPO, T=2": three,
+        "DDPO, T=4": three,
+        "D3PO, T=2": three,
+        "D3PO, T=4": three,
+        "PRDP/REBEL, T=2": three,
+        "PRDP/REBEL, T=4": three,
         "SPO cheap, T=4 + KL": three,
         "SDPO, T=2 + KL": three,
     },
     mixture: dict.fromkeys(("SPO cheap, T=4", "Branch, mixed T", "SDPO, T=2", "Branch, mixed T + KL"), three),
+    size: dict.fromkeys(("SPO cheap, T=4", "Branch, mixed T + KL", "SDPO, T=2"), three),
 }
 switched = "Branch, mixed T"  # what the group `switches` changes
 frontier_queries = 1280
 frontier_times = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the epochs
 frontier_pairs = {64: (1, 2, 4), 48: (8,), 32: (16,), 16: (50,)}  # pairs -> step counts measured on so many
 search_times, search_pairs = (1 / 3, 2 / 3, 1), {48: (1, 4), 24: (16,)}
+bar_times, bar_pairs = (3 / 4, 1), {128: (1, 2, 4, 8, 16), 64: (50,)}  # few pictures cannot tell 3 points from 9
 lost_enough = 0.1  # agreement, at which a run of the frontier ends
 
 
@@ -365,10 +385,11 @@ def queries_of(config, of=max) -> float:
     return of([next(number for name, number in plan.items() if "queries" in name) for plan in plans])
 
 
-def along(config) -> list:
-    "As `plan`, for a run of the frontier"
+def along(config, fine=False) -> list:
+    "As `plan`, for a run of the frontier; fine: with many pairs, late in the run"
     search = config.seed == search_seed
     times, counts = (search_times, search_pairs) if search else (frontier_times, frontier_pairs)
+    times, counts = (bar_times, bar_pairs) if fine else (times, counts)
     seed = search_evaluation_seed if search else evaluation_seed
     epochs = sorted({max(1, round(time * config.epochs)) for time in times})
     return [(epoch, "trained", steps, samples, seed) for epoch in epochs for samples, steps in counts.items()]
@@ -377,9 +398,9 @@ def along(config) -> list:
 class MeasureAlong(Measure):
     "Measures a run on its way and counts calls of the network; ends it where it lost much, or asked all it may"
 
-    def __init__(self):
+    def __init__(self, fine=False):
         super().__init__()
-        self.calls, self.counting = 0, False
+        self.calls, self.counting, self.fine = 0, False, fine
 
     def count(self, denoiser, args, kwargs):
         "Called before the network is"
@@ -391,7 +412,7 @@ class MeasureAlong(Measure):
 
     def before_train(self, trainer):
         with trainer.policy.without_lora():
-            for request in dict.fromkeys(entry[1:] for entry in along(trainer.config)):
+            for request in dict.fromkeys(entry[1:] for entry in along(trainer.config, self.fine)):
                 self.note(trainer, measure_before(trainer.policy, *request, trainer.config.reward))
         trainer.policy.denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
         self.counting = True
@@ -400,7 +421,7 @@ class MeasureAlong(Measure):
         config, started, self.counting = trainer.config, time.perf_counter(), False
         spent = metrics["reward_queries"] + queries_of(config) > frontier_queries
         now = config.epochs if spent else metrics["epoch"]
-        requests = [request for epoch, *request in along(config) if epoch == now]
+        requests = [request for epoch, *request in along(config, self.fine) if epoch == now]
         with merged(trainer.policy):
             for request in requests:
                 self.note(trainer, measure(trainer.policy, *request, config.reward))
@@ -425,7 +446,7 @@ def shorten(value):
 
 def along_frontier(group) -> bool:
     "Are the runs of a group measured on their way? A line is copied only between groups that measure alike"
-    return group.startswith("frontier") or group == "switches"
+    return group.startswith("frontier") or group in ("switches", "bar")
 
 
 def trainer_class(run) -> type:
@@ -440,7 +461,10 @@ def trainer_class(run) -> type:
 def execute(run: Run) -> dict:
     "Train and measure"
     torch.set_num_threads(1)
-    started, measuring = time.perf_counter(), MeasureAlong() if along_frontier(run.group) else Measure()
+    started, measuring = (
+        time.perf_counter(),
+        MeasureAlong(run.group == "bar") if along_frontier(run.group) else Measure(),
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = type(run.config)(**{**asdict(run.config), "output_dir": f"{folder}/run"})
         trainer = trainer_class(run)(load_policy("tiny"), config.reward, config.prompts, config, callbacks=[measuring])
@@ -734,7 +758,7 @@ def frontier_search_runs(name, reward) -> list:
 
 def frontier_searched(name) -> dict:
     "The best setting, searched on image quality without a penalty. Raises SystemExit where the search has not run"
-    tried = frontier_tried(name.removesuffix(" + KL"), quality)
+    tried = frontier_tried(borrowed.get(name, name), quality)
     if not tried:
         raise SystemExit(f"{name} has not been searched; run the group 'frontier_search' first.")
     best = max(tried, key=frontier_number)["config"]
@@ -742,7 +766,7 @@ def frontier_searched(name) -> dict:
 
 
 def frontier_search(seeds):
-    searched_for = [name for name in frontier_methods if not name.endswith(" + KL")]
+    searched_for = [name for name in frontier_methods if name not in borrowed]
     return [run for name in searched_for for run in frontier_search_runs(name, quality)]
 
 
@@ -773,6 +797,16 @@ def switches(seeds):
     return found
 
 
+def bar(seeds):
+    "The setting that comes closest to 2.0 at no loss, on seeds of its own, with enough pictures to tell"
+    return [
+        frontier_run("bar", bar_method, seed, reward, **frontier_searched(bar_method))
+        for number, seed in enumerate(bar_seeds)
+        for reward, count in bar_rewards.items()
+        if number < count
+    ]
+
+
 groups = {
     "search": search,
     "order": order,
@@ -787,6 +821,7 @@ groups = {
     "frontier_search": frontier_search,
     "frontier": frontier,
     "switches": switches,
+    "bar": bar,
 }
 
 
@@ -814,7 +849,8 @@ def copy_lines(runs) -> list:
     for run in missing(runs):
         found = known.get(run.key, {}).items()
         alike = [line for (group, _), line in found if along_frontier(group) == along_frontier(run.group)]
-        alike = [] if run.group == "switches" else alike  # the bound of a trust region is in no line's settings
+        alike = [] if run.group in ("switches", "bar") else alike  # a trust region's bound is in no line's settings
+        alike = [line for line in alike if line["group"] != "bar"]  # it has other pairs
         if alike:
             append_jsonl(results / f"{run.group}.jsonl", {**alike[0], "group": run.group, "name": run.name})
         else:

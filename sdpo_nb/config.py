@@ -20,12 +20,12 @@ from .recipes import Recipe, recipes
 # %% ../nbs/23_config.ipynb #f917352e
 def not_obeyed(
     name: str,  # of a setting
-    owners: list,  # recipes that obey it
+    owners: list,  # recipes that use it
     recipe: str,  # one that does not
 ) -> ValueError:  # to be raised
     "One sentence"
     whose = f"the recipe{'s' * (len(owners) > 1)} {', '.join(owners)}"
-    return ValueError(f"{name} is a setting of {whose}, which the recipe {recipe!r} does not obey; leave it out.")
+    return ValueError(f"{name} is a setting of {whose}, which the recipe {recipe!r} does not use; leave it out.")
 
 
 def _settings_of(name: str, kind: type):
@@ -60,7 +60,7 @@ def check_names(
 # %% ../nbs/23_config.ipynb #ef97ed74
 @dataclass(frozen=True)
 class RunConfig:
-    "What every method obeys. A field left at None takes the value of the recipe, or follows from others."
+    "Settings of every method. A field left at None takes the value of the recipe, or follows from other fields."
 
     policy: str = setting("tiny", '"tiny", a Hugging Face id or a local diffusers folder', path=True)
     variant: str = setting(None, "of the policy's files, as fp16 in unet/….fp16.safetensors; None: the plain ones")
@@ -82,9 +82,7 @@ class RunConfig:
         several=True,
     )
     epochs: int = setting(30, "rounds of sampling and updating", low=1)
-    pairs_per_epoch: int = setting(
-        16, "pairs sampled in each round (an unpaired recipe draws twice as many trajectories)", low=1
-    )
+    pairs_per_epoch: int = setting(16, "pairs sampled a round; twice as many trajectories if unpaired", low=1)
     micro_batch: int = setting(
         None, "pairs in a forward pass of one process; None: as many as divide its part of the update, up to 16", low=1
     )
@@ -154,7 +152,7 @@ class RunConfig:
         "What an epoch amounts to, counts by words; None: it is the common loop, as `sdpo_nb.plan` counts it"
 
     def words(self) -> dict:
-        "What else a plan has to say"
+        "Further lines of the printed plan"
         return {}
 
 # %% ../nbs/23_config.ipynb #69a23c9e
@@ -166,7 +164,7 @@ def _losses():
 
 @dataclass(frozen=True)
 class PolicyGradientConfig(RunConfig):
-    "What methods obey that learn from log-ratios of pairs"
+    "Settings of methods that learn from log-ratios of pairs"
 
     pairs_per_update: int = setting(
         None, "pairs behind an optimiser step, over all processes; None: as many as divide the epoch, up to 16", low=1
@@ -178,6 +176,7 @@ class PolicyGradientConfig(RunConfig):
     log_ratio_scale: str = setting(
         None, "per_step, which makes log-ratios equally sensitive at all steps, or none", choices=("per_step", "none")
     )
+    sampling_batch: int = setting(0, "pairs in a forward pass while sampling; 0: micro_batch, as in training", low=0)
     kl_coefficient: float = setting(0.0, "weight of the divergence from the policy before training", low=0, high=1e6)
     beta: float = setting(None, "how sharply a margin counts, for the loss preference", above=0)
 
@@ -200,7 +199,7 @@ class PolicyGradientConfig(RunConfig):
 # %% ../nbs/23_config.ipynb #56df8da5
 @dataclass(frozen=True)
 class AdvantageConfig(PolicyGradientConfig):
-    "What methods obey that turn returns into advantages, and use every transition once"
+    "Settings of methods that turn returns into advantages and use every transition once"
 
     advantage_clip: float = setting(5.0, "advantages are clipped to this size", above=0, high=1e6)
     normalizer: str = setting(
@@ -219,7 +218,7 @@ class AdvantageConfig(PolicyGradientConfig):
 # %% ../nbs/23_config.ipynb #e92cb58a
 @dataclass(frozen=True)
 class TrainConfig(AdvantageConfig):
-    "Everything that shapes a run of SDPO, and of whatever other recipe learns from rewards by a policy gradient"
+    "All settings of SDPO and of other recipes that learn from rewards by a policy gradient"
 
     gamma: float = setting(None, "discount of rewards per step", low=0, high=1)
     queries: str = setting(
@@ -278,7 +277,7 @@ def _check_updates(config):
 
 # %% ../nbs/23_config.ipynb #42ef4301
 def _check_signal(config):
-    "Can any trained action be credited with what it did?"
+    "Raise ValueError if no trained action gets a learning signal"
     from sdpo_nb.advantages import credit_rule
 
     c, rule = config, credit_rule(config.credit)
@@ -300,7 +299,7 @@ def _check_signal(config):
 
 # %% ../nbs/23_config.ipynb #abe745bc
 def _check_needs(config):
-    "Does the loss get what it needs?"
+    "Raise ValueError if the loss lacks what it needs"
     loss = _losses()[config.loss]
     if loss.pairs and config.sampling == "single":
         raise ValueError(
@@ -313,7 +312,7 @@ def _check_needs(config):
 
 # %% ../nbs/23_config.ipynb #fd287120
 def _check_extras(config):
-    "Is there what the run will need besides its numbers?"
+    "Raise ValueError if a package or a login that the run needs is missing"
     c = config
     package = None if c.tracker == "none" else resolve_name("sdpo_nb.callbacks:trackers")[c.tracker].package
     if package and find_spec(package) is None:
@@ -341,7 +340,7 @@ def _largest_divisor(number: int, most: int = 16) -> int:
 
 
 def _fill_in(config: RunConfig) -> RunConfig:
-    "What was left open comes from the recipe, or follows from the size above it"
+    "Fill open fields from the recipe, or from the next larger size"
     from sdpo_nb.sharding import launched_processes
 
     recipe = recipes[config.recipe]
@@ -403,18 +402,18 @@ _flow |= dict(precision="bf16", gradient_checkpointing=True, learning_rate=3e-4,
 _flows = dict(sd35_turbo="stabilityai/stable-diffusion-3.5-large-turbo", zimage_turbo="Tongyi-MAI/Z-Image-Turbo")
 _flows |= dict(flux_schnell="black-forest-labs/FLUX.1-schnell")
 _flows |= dict(sana_sprint="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers")
+hardware = {"": 4, "_4x24gb": 4, "_1x80gb": 16, "_1x141gb": 32}  # suffix of a preset -> pairs in a pass; "": 1×24 GB
 
 # %% ../nbs/23_config.ipynb #cf313a93
-hardware = {"": 4, "_4x24gb": 4, "_1x80gb": 16}  # suffix of a preset -> pairs in a pass; no suffix: 1×24 GB
 presets = {  # name -> what differs from the defaults of TrainConfig
     "tiny": dict(
         reward="1*shapes_warmth+0.5*shapes_alignment",
         prompts="shapes_open",
         num_steps=2,
         epochs=28,
-        pairs_per_epoch=32,
-        pairs_per_update=32,
+        **dict.fromkeys(("pairs_per_epoch", "pairs_per_update"), 32),  # an update an epoch
         learning_rate=3e-3,
+        kl_coefficient=0.05,
         eval_samples=160,
     ),
     **{
@@ -430,6 +429,7 @@ presets = {  # name -> what differs from the defaults of TrainConfig
         for suffix, pairs in {"": 1, "_1x80gb": 16}.items()
     },
 }
+presets["tiny_flow"] = presets["tiny"] | dict(policy="tiny_flow", output_dir="runs/tiny_flow")
 
 # %% ../nbs/23_config.ipynb #e4303690
 def preset_config(
@@ -441,9 +441,9 @@ def preset_config(
     check_names(overrides, kind)
     known, preset = {f.name for f in fields(kind)}, presets[choose("preset", name, presets)]
     recipe = overrides.get("recipe", kind.recipe)
-    if name == "tiny" and recipe != "sdpo":
-        known &= {"reward", "prompts"}  # its other numbers were found for that method
-    if name == "tiny" and "pairs_per_epoch" in overrides:
+    if name.startswith("tiny") and recipe != "sdpo":
+        known &= {"policy", "output_dir", "reward", "prompts"}  # its other numbers were found for that method
+    if name.startswith("tiny") and "pairs_per_epoch" in overrides:
         known -= {"pairs_per_update"}  # it follows from the other
     if recipe in recipes and not isinstance(recipes[recipe].num_steps, int):
         known -= {"num_steps"}  # to train at several is what the recipe is about

@@ -1,4 +1,4 @@
-"""How much reward at which loss of the prompt: a run as a path, and one number for it.
+"""Compare methods by the reward they gain at the same loss of prompt agreement. A run becomes a path, and the path one number.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/frontier.html.md"""
 
@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .evaluate import seed_interval
-from .figures import _NotebookFigure, colors
+from .figures import NotebookFigure, colors
 
 # %% ../nbs/36_frontier.ipynb #2729c0f9
 costs = ("epoch", "samples", "reward_queries", "network_calls", "optimizer_steps")
@@ -139,7 +139,7 @@ def frontier_over_seeds(
     lost: float = 0.03,  # see `gain_at_loss`
     by: str = "mean",
 ) -> dict:  # see below
-    "The number of a setting, its interval and what stands beside it. Raises `ValueError` for runs that do not fit"
+    "The number of a setting, its interval and the other columns. Raises `ValueError` for runs that do not fit"
     paths = [run if isinstance(run, FrontierPath) else frontier_path(run) for run in runs]
     if len({(path.name, *path.steps) for path in paths}) != 1 or len({path.seed for path in paths}) < len(paths):
         raise ValueError("runs differ in name or step counts, or repeat a seed; give those of one setting.")
@@ -182,7 +182,7 @@ def frontier_figure(
     "Settings as paths of gain against agreement kept. Raises `ValueError` where there is nothing to draw"
     if not settings or not all(settings.values()):
         raise ValueError("settings hold no runs: give at least one for each label.")
-    axis = ax or _NotebookFigure(7, 4.6).subplots()
+    axis = ax or NotebookFigure(7, 4.6).subplots()
     for (label, runs), color in zip(settings.items(), list(colors.values()) * len(settings)):
         paths = [run if isinstance(run, FrontierPath) else frontier_path(run) for run in runs]
         column = None if steps is None else paths[0].steps.index(steps)

@@ -22,7 +22,7 @@ from .config import step_counts
 from .evaluate import comparison_columns, comparison_table, comparison_title, format_number
 from .figures import png_bytes, step_curves, training_curves
 from .files import atomic_write, read_json, read_jsonl
-from .pipelines import pipeline_class
+from .pipelines import embedded_policies, pipeline_class
 
 # %% ../nbs/32_report.ipynb #9fd81802
 _captions = {
@@ -159,7 +159,7 @@ details td, details th { text-align: left; white-space: normal; overflow-wrap: a
 def write_report(
     run_folder,  # what a run left behind; parts may be missing
 ) -> Path:  # its report.html
-    "One self-contained page about a run. Raises `FileNotFoundError` where there is no such folder"
+    "Write one self-contained HTML page about a run. Raises `FileNotFoundError` if there is no such folder"
     folder = Path(run_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {str(folder)!r}: check its name.")
@@ -223,6 +223,18 @@ def _pipeline_code(policy):
     name = pipeline_class(str(file)) if file.is_file() else "StableDiffusionPipeline"
     return name, f"from_single_file({policy!r}{config})"
 
+
+def _pipeline_lines(policy, whole):  # the class of a whole denoiser; None for a LoRA
+    "The lines that import what is needed and make `pipe`"
+    if policy == "tiny_flow":  # it shares parts with the other embedded model, and has noise levels of its own
+        made = ["from sdpo_nb.models import load_policy", "", 'policy = load_policy("tiny_flow")']
+        return [*([f"from diffusers import {whole}"] if whole else []), *made, "pipe = policy.pipeline"]
+    pipeline, load = _pipeline_code(policy)
+    imports = [f"from diffusers import {pipeline}" + (f", {whole}" if whole else "")]
+    if policy == "tiny":  # it comes with the package
+        imports.append("from sdpo_nb.models import policy_folder")
+    return [*imports, "", f"pipe = {pipeline}.{load}"]
+
 # %% ../nbs/32_report.ipynb #2d947270
 def _lora_code(lora, comment, underneath):
     "The lines that load a LoRA, and before it those that it was trained on top of"
@@ -243,19 +255,19 @@ def loading_code(
     lora: str = "lora",  # where it is: the run's folder, or a hub id
     whole: str = None,  # the class of a whole denoiser; None for a LoRA
     underneath: dict = None,  # LoRAs to be loaded first, see `policy.underneath`
+    size: int = None,  # of the configuration: pixels of a side; None: what the pipeline paints by itself
 ) -> str:
-    "How to use the LoRA, or the denoiser, as Python"
-    pipeline, load = _pipeline_code(policy)
-    imports = [f"from diffusers import {pipeline}" + (f", {whole}" if whole else "")]
-    if policy == "tiny":  # it comes with the package
-        imports.append("from sdpo_nb.models import policy_folder")
-    lines, here = [*imports, "", f"pipe = {pipeline}.{load}"], lora == "lora"
+    "Python code that loads the LoRA or the denoiser"
+    lines, here = _pipeline_lines(policy, whole), lora == "lora"
     if whole:
         part, place = "unet" if "UNet" in whole else "transformer", '"unet"' if here else f'"{lora}", subfolder="unet"'
         lines.append(f"pipe.{part} = {whole}.from_pretrained({place})")
     else:
         lines += _lora_code(lora, "   # this folder's lora/" * here, underneath or {})
-    options = f"num_inference_steps={max(step_counts(num_steps))}, guidance_scale={float(guidance_scale)}"
+    most = max(step_counts(num_steps))
+    options = f"num_inference_steps={most}, guidance_scale={float(guidance_scale)}"
+    options += f", height={size}, width={size}" if size else ""
+    options = f"**policy.stock_options({most})" if policy == "tiny_flow" else options
     return "\n".join([*lines, f'image = pipe("a prompt", {options}).images[0]'])
 
 # %% ../nbs/32_report.ipynb #bcb8547f
@@ -267,8 +279,8 @@ def _on_hub(policy):
 def base_licence(
     policy: str,  # of the configuration
 ) -> dict:  # `license`, and where given `license_name` and `license_link`; empty where the card cannot be read
-    "The licence of a base model, as its card tells it"
-    if policy == "tiny":
+    "The licence of a base model, as its model card states it"
+    if policy in embedded_policies:
         return {"license": "apache-2.0"}
     try:
         if _on_hub(policy):
@@ -346,7 +358,7 @@ def _card_details(config):
 def model_card(
     run_folder,  # what a run left behind, at least its config.json
 ) -> str:  # the text of its README.md
-    "What the LoRA is, what for and how to load it. Raises `FileNotFoundError` or `ValueError` without a configuration"
+    "The model card of a run's LoRA. Raises `FileNotFoundError` or `ValueError` without a configuration"
     folder = Path(run_folder)
     config = read_json(folder / "config.json")
     missing = [name for name in ("policy", "recipe", "reward", "num_steps") if name not in config]
@@ -361,7 +373,7 @@ def model_card(
         **{f"{name}_code": _code(config[name]) for name in ("policy", "reward")},
         header=_card_header(policy, licence),
         subject="The denoiser" if whole else "A LoRA for the denoiser",
-        code=loading_code(*use, config.get("underneath")),
+        code=loading_code(*use, config.get("underneath"), config.get("size")),
         results=_card_results(folder),
         details=_card_details(config),
         bound=f"({_code(str(licence_name))})"
@@ -373,7 +385,7 @@ def model_card(
 def run_summary(
     run_folder,  # of a finished run
 ) -> str:  # the table before and after, where there is one, and what lies where
-    "The last words of a run"
+    "The summary that is printed at the end of a run"
     folder = Path(run_folder)
     table = comparison_table(read_json(folder / "evaluation.json")) if (folder / "evaluation.json").is_file() else ""
     places = {"run folder": "", "LoRA": "lora", "UNet": "unet", "pictures": "pictures", "look at": "report.html"}
@@ -385,7 +397,7 @@ def push_run(
     run_folder,  # of a finished run
     repository: str,  # owner/name; made where it does not exist
 ):
-    "Upload a run's LoRA, card, report and numbers. Raises `OSError` where that fails; nothing is lost then"
+    "Upload a run's LoRA, card, report and numbers. Raises `OSError` if that fails; the run folder stays as it is"
     from huggingface_hub import HfApi
 
     folder, api = Path(run_folder), HfApi()

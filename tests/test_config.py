@@ -237,7 +237,7 @@ def own(monkeypatch):
 
 
 def test_a_class_refuses_what_its_method_does_not_obey(own):
-    sentence = "which the recipe 'own' does not obey; leave it out.$"
+    sentence = "which the recipe 'own' does not use; leave it out.$"
     for field in {f.name for f in fields(TrainConfig)} - {f.name for f in fields(OwnConfig)}:
         for attempt in (
             lambda: OwnConfig(**{field: None}),

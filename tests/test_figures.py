@@ -288,7 +288,7 @@ def test_a_name_of_metrics_is_a_text_too():
 
 def test_missing_characters_get_one_note(monkeypatch):
     "Not a warning for each character of each figure; other warnings go on"
-    monkeypatch.setattr(figures._NotebookFigure, "noted", False)
+    monkeypatch.setattr(figures.NotebookFigure, "noted", False)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -208,11 +208,31 @@ def test_the_card_of_a_whole_denoiser_names_its_class(run_folder, network, part)
     assert f'pipe.{part} = {network}.from_pretrained("unet")' in model_card(run_folder)
 
 
-@pytest.mark.parametrize("policy", ["tiny", "x/y"])
+def test_the_card_asks_the_stock_pipeline_for_the_size_of_the_run(run_folder):
+    "Else it paints what the model was published for, 1024 pixels in most families"
+    assert "height=" not in model_card(run_folder)
+    write_json(run_folder / "config.json", CONFIG | {"size": 512})
+    assert ", height=512, width=512).images[0]" in model_card(run_folder)
+
+
+def test_the_loading_code_of_the_flow_model_paints_as_its_policy_does():
+    "Stock defaults would take other noise levels and add tokens of a text encoder that it lacks"
+    names = {}
+    *lines, last = loading_code("tiny_flow", (2, 4)).splitlines()
+    exec("\n".join(line for line in lines if "lora" not in line), names)
+    policy, options = names["policy"], last.split("(")[0]
+    assert options == "image = pipe" and names["pipe"] is policy.pipeline
+    assert "**policy.stock_options(4)" in last and len(policy.stock_options(4)["sigmas"]) == 4
+    exec(last, names)
+    assert names["image"].size == (32, 32)
+
+
+@pytest.mark.parametrize("policy", ["tiny", "tiny_flow", "x/y"])
 @pytest.mark.parametrize("place", ["lora", "me/mine"])
 @pytest.mark.parametrize("whole", [None, "UNet2DConditionModel"])
 def test_the_loading_code_is_python(policy, place, whole):
-    compile(loading_code(policy, 4, 2.0, place, whole), "card", "exec")
+    for size in (None, 512):
+        compile(loading_code(policy, 4, 2.0, place, whole, size=size), "card", "exec")
 
 
 def test_the_licence_of_a_model_on_the_hub(offline):
