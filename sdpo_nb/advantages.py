@@ -53,7 +53,7 @@ def _gae(rewards, final_reward, gae_lambda):
 # %% ../nbs/17_advantages.ipynb #a1f2d896
 @dataclass(frozen=True)
 class CreditRule:
-    "How dense rewards become one number per action, and what that takes"
+    "How dense rewards become one number per action, and what the rule needs"
 
     compute: Callable  # (rewards `[B,T]`, final_reward `[B]` or None, option) -> `[B,T]`
     option: str  # the setting it takes: "gamma" or "gae_lambda"
@@ -96,13 +96,13 @@ def action_returns(
     gae_lambda: float = 0.9,  # decay per step, for "gae"
     final_reward: torch.Tensor = None,  # `[B]`, of the decoded final sample; for rules that use it
 ) -> torch.Tensor:  # `[B,T]`, to be normalised next
-    "What each action is credited with; raises ValueError for an unknown rule or where the rule cannot tell anything"
+    "What each action is credited with; raises ValueError for an unknown rule or one that has no signal here"
     rule = credit_rule(credit)
     if final_reward is not None and not rule.uses_final:
         raise ValueError(f"final_reward is given, but credit {credit!r} has no use for it; leave it out.")
     if final_reward is None and rule.uses_final and rewards.shape[1] == 1:
         raise ValueError(
-            f"credit is {credit!r} at T=1, where only the final sample tells what the action did; give final_reward."
+            f"credit is {credit!r} at T=1, where the action changes the final sample only; give final_reward."
         )
     return rule.compute(rewards, final_reward, {"gamma": gamma, "gae_lambda": gae_lambda}[rule.option])
 
@@ -120,7 +120,7 @@ def _check_returns(
     prompts: Sequence[str],  # one per row
     returns: torch.Tensor,  # `[B,T]`
 ):
-    "Refuse returns that would poison the memory (ValueError): it outlives the epoch and the checkpoint."
+    "Raise ValueError for returns that would damage the memory, which is kept across epochs and in checkpoints."
     if returns.ndim != 2 or returns.numel() == 0 or len(prompts) != len(returns):
         raise ValueError(
             f"returns has shape {list(returns.shape)} for {len(prompts)} prompts; pass one row [T] per prompt"
@@ -166,7 +166,7 @@ def remember(
 def rows_by_prompt(
     prompts: Sequence[str],  # one per row
 ) -> dict[str, list[int]]:  # prompt -> its rows, in order
-    "Which rows belong to which prompt."
+    "The row numbers of each prompt."
     rows = defaultdict(list)
     for row, prompt in enumerate(prompts):
         rows[prompt].append(row)

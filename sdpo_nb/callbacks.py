@@ -91,7 +91,7 @@ def show_in_place(
     handle,  # what the last call returned, None at first
     figure,  # always of the same size, so that the page does not jump
 ):  # for the next call
-    "Show a figure in a notebook, where its predecessor stood"
+    "Show a figure in a notebook, in place of the one before"
     from IPython.display import Image, display
 
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=80)
@@ -343,7 +343,7 @@ class ReportCallback(Callback):
 # %% ../nbs/33_callbacks.ipynb #13ece294
 @dataclass(frozen=True)
 class Tracker:
-    "What accelerate has to be told about a tracker"
+    "What accelerate needs to know about a tracker"
 
     package: str  # to be installed; checked before a run starts
     make: Callable = None  # run -> accelerate's `GeneralTracker`; None where accelerate knows it by its name
@@ -366,12 +366,12 @@ trackers = {
 
 # %% ../nbs/33_callbacks.ipynb #495d5bb6
 def tracker_names() -> list:
-    "What the setting `tracker` may be"
+    "The allowed values of the setting `tracker`"
     return ["none", *trackers]
 
 # %% ../nbs/33_callbacks.ipynb #560aa957
 class TrackerCallback(Callback):
-    "Each line of metrics.jsonl for a tracker"
+    "Sends each line of metrics.jsonl to a tracker"
 
     def before_train(self, run):
         accelerator, name = run.accelerator, run.config.tracker
@@ -412,7 +412,7 @@ class PictureCallback(LiveCallback):
 
 # %% ../nbs/33_callbacks.ipynb #8cee88f2
 class HubCallback(Callback):
-    "The finished run for the hub"
+    "Uploads the finished run to the hub"
 
     def __init__(self, repository: str):
         self.repository = repository
@@ -423,7 +423,7 @@ class HubCallback(Callback):
 
 # %% ../nbs/33_callbacks.ipynb #018e8390
 def default_callbacks() -> list:
-    "Those that watch where none are given"
+    "The callbacks of a run for which none are given"
     return [EvaluationCallback(), *([LiveCallback()] if in_notebook() else []), ProgressCallback(), ReportCallback()]
 
 # %% ../nbs/33_callbacks.ipynb #9f7ca55c
@@ -431,7 +431,7 @@ def with_configured(
     config,  # of the run
     callbacks: list,  # that watch in any case
 ) -> list:
-    "Those that the settings ask for, around the others: trackers open first, the upload comes last"
+    "The given callbacks and those that the settings ask for: trackers first, the upload last"
     tracker = [TrackerCallback()] if config.tracker != "none" else []
     pictures = [PictureCallback(config.log_images_every)] if config.log_images_every else []
     return [*tracker, *pictures, *callbacks, *([HubCallback(config.push_to_hub)] if config.push_to_hub else [])]

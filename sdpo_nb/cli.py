@@ -34,7 +34,7 @@ class _FolderWatch:
         self.trained = True
 
     def after_train(self, run):
-        "Whatever comes after, it is kept"
+        "From here on the folder is kept"
 
 
 def _clear_folder(folder: Path, new: list, shared: bool):
@@ -53,7 +53,7 @@ def _clear_folder(folder: Path, new: list, shared: bool):
 
 
 def _is_lead() -> bool:
-    "Is this the process that speaks and cleans up for all?"
+    "Is this the process that prints and cleans up for all?"
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/50_cli.ipynb #c526ea4a
@@ -82,7 +82,7 @@ def _no_leftovers(
 
 # %% ../nbs/50_cli.ipynb #07813cfa
 def _say_plan(config: RunConfig, processes: int, preset: str = None):
-    "What the run is about to do, in a few lines"
+    "Print what the run is about to do, in a few lines"
     from sdpo_nb.plan import batch_line, launch_hint
     from sdpo_nb.sharding import own_device
 
@@ -99,7 +99,7 @@ def _note_words(policy, prompts: list):
     "Warn, once, about words that the embedded model does not know"
     from sdpo_nb.prompts import unknown_words
 
-    if policy.name == "tiny" and (words := unknown_words(prompts)):
+    if policy.name in ("tiny", "tiny_flow") and (words := unknown_words(prompts)):
         more = f" and {len(words) - 8} others" if len(words) > 8 else ""
         like = "its captions are like 'a red circle on a white background'"
         warnings.warn(f"the embedded model does not know {', '.join(map(repr, words[:8]))}{more}; {like}.")
@@ -203,10 +203,10 @@ def _known_setting(
     saved: dict,  # settings of the run, may be empty
     default=None,  # without either; None: it must be given
 ):
-    "A flag's value, or else the run's. Raises `ValueError` where nobody knows"
+    "The value of a flag, or else of the run. Raises `ValueError` if neither gives one"
     found = next((option for option in (value, saved.get(name), default) if option is not None), None)
     if found is None:
-        raise ValueError(f"{name} is missing, and RUN_OR_LORA is not the folder of a run that tells; give --{name}.")
+        raise ValueError(f"{name} is missing, and RUN_OR_LORA is not the folder of a run with it; give --{name}.")
     return found
 
 

@@ -38,7 +38,7 @@ def setting(
 def plain_path(
     place,  # a text or a path; anything else comes back as it is
 ):  # a text
-    "A place without `~` in front and without a slash at the end"
+    "A path with `~` expanded and without a slash at the end"
     if not isinstance(place, (str, os.PathLike)):
         return place
     text = os.path.expanduser(os.fspath(place))
@@ -137,7 +137,7 @@ def read_value(
     flag: Flag,  # what is known about it
     value,  # text, or what YAML made of it
 ):
-    "The value that is meant. Raises `ValueError` with one sentence"
+    "Convert a value to the type of its flag. Raises `ValueError` with one sentence"
     if flag.default is None and (value is None or (not flag.named and str(value).lower() == "none")):
         return None
     if flag.several and isinstance(value, str) and "," in value:
@@ -155,7 +155,7 @@ def read_value(
 
 # %% ../nbs/04_commands.ipynb #0b4552c7
 def _yaml_loader():  # a class
-    "As `yaml.SafeLoader`, but a field that stands there twice is an error"
+    "Like `yaml.SafeLoader`, but a repeated field is an error"
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -218,7 +218,7 @@ def _sort_words(words: list, flags: dict, positionals: int) -> list:
 
 # %% ../nbs/04_commands.ipynb #dbeafadc
 class CommandParser(argparse.ArgumentParser):
-    "Reads a command line; whatever is wrong becomes a `ValueError` with one sentence"
+    "Reads a command line; every mistake becomes a `ValueError` with one sentence"
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class CommandParser(argparse.ArgumentParser):
         self,
         words: list = None,  # of the command line; None: those of this process
     ) -> tuple:  # positional arguments, None where one was left out, and the flags that were given
-        "What is meant by a command line"
+        "Parse a command line"
         words = sys.argv[1:] if words is None else words
         found = vars(self.parse_args(_sort_words(words, self.flags, len(self.positionals))))
         given = {name: read_value(name, self.flags[name], found[name]) for name in found if name in self.flags}
@@ -260,7 +260,7 @@ def flag_text(
     words: list,  # of the command line
     name: str,  # of a flag
 ) -> str:  # None where it is not given
-    "What stands behind a flag, before anything is known about the others"
+    "The value of one flag, read before the other flags are known"
     split = [(*word.partition("="), after) for word, after in zip(words, [*words[1:], None])]
     found = [value if equals else after for flag, equals, value, after in split if flag == f"--{name}"]
     return found[-1] if found else None
@@ -311,7 +311,7 @@ def run_command(
     prog: str,  # the command
     work,  # a function without arguments
 ) -> int:  # exit status
-    "Do the work; whatever can be expected to go wrong becomes one line on stderr"
+    "Do the work; an expected failure becomes one line on stderr"
 
     def say(text):
         print(f"{prog}: {text}", file=sys.stderr, flush=True)
@@ -338,7 +338,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _handled(signals: list, handler):
-    "Inside, a function handles these signals; only the main thread may say so"
+    "Inside, `handler` handles these signals; only the main thread can set handlers"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -373,7 +373,7 @@ def check_writable(
     path,  # of a file or folder that may not exist yet
     suffix: str = "",  # of a file, such as ".png"; none for a folder
 ) -> Path:  # without `~`
-    "Raise `ValueError` where nothing could be written"
+    "Raise `ValueError` if the file or folder cannot be written"
     path = Path(plain_path(path))
     if re.search("[\0\ud800-\udfff]", str(path)):  # half a character, as of a name that is not UTF-8
         raise ValueError(f"{field} is {str(path)!r}, which is no text for a file name; choose another.")
@@ -405,7 +405,7 @@ def function_command(
     positionals: dict,  # placeholder -> what it is, in the function's order
     words: list = None,  # of the command line; None: those of this process
 ) -> int:  # exit status
-    "Run a function with what the command line says"
+    "Run a function with the arguments of a command line"
 
     def work():
         values, given = CommandParser(prog, positionals, flags_of(function), f"{function.__doc__}.").read(words)

@@ -64,7 +64,7 @@ def coverage(
     oracle,  # images `[B,3,32,32]` -> logits `[B,options]` by attribute
     images: torch.Tensor,  # `[B,3,32,32]` in [0,1], of prompts that leave something open
 ) -> dict:  # attribute -> effective number: 1 where all are alike, the number of options where all come equally often
-    "How many shapes, colours and backgrounds there are in effect. Raises `ValueError` where the oracle cannot read"
+    "Effective numbers of shapes, colours and backgrounds. Raises `ValueError` if the oracle cannot read the pictures"
     if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size) or not len(images):
         wanted = f"[B,3,{image_size},{image_size}] with at least one picture"
         raise ValueError(f"images has shape {list(images.shape)}; the oracle reads {wanted}.")
@@ -112,7 +112,7 @@ def _sample_and_measure(
 # %% ../nbs/30_evaluate.ipynb #54ae2352
 @dataclass
 class StepEvaluation:
-    "How a policy does at S step counts on the same n pairs of prompt and noise"
+    "Results of a policy at S step counts, on the same n pairs of prompt and noise"
 
     steps: list  # S step counts
     prompts: list  # n prompts, one a pair
@@ -188,7 +188,7 @@ def possible_steps(
     policy,  # see `sdpo_nb.models.Policy`
     steps=None,  # step counts, all of which have to be possible; None: the usual ones, as far as the model goes
 ) -> list:  # of step counts
-    "What can be evaluated, found out before any work: some models know few timesteps. Raises `ValueError`"
+    "The step counts to evaluate, checked before any work: some models have few timesteps. Raises `ValueError`"
     if steps is not None and (isinstance(steps, (int, str)) or not len(steps)):
         raise ValueError(f"steps={steps!r} must be a list with at least one step count: write (1, 2, 4).")
     possible, refused = [], []
@@ -261,7 +261,7 @@ def paired_gain(
     before: torch.Tensor,  # `[S,n]`
     after: torch.Tensor,  # `[S,n]`, the same pairs
 ) -> dict:  # `mean` and its standard error `se`, lists of S
-    "What the same pairs gained"
+    "Mean gain over the same pairs, and its standard error"
     difference = after - before
     error = _deviation(difference) / (~difference.isnan()).sum(1) ** 0.5
     return {"mean": _mean(difference).tolist(), "se": error.tolist()}
@@ -288,7 +288,7 @@ def compare(
     before: StepEvaluation,  # of the policy as it was
     after: StepEvaluation,  # on the same pairs
 ) -> dict:  # lists by step count; `agreement` holds None where there is no oracle
-    "What training changed, in the layout of `evaluation.json`. Raises `ValueError` for what does not belong together"
+    "What training changed, in the layout of `evaluation.json`. Raises `ValueError` for evaluations that do not match"
     _check_comparable(before, after)
     watched = before.other_rewards
 
@@ -327,7 +327,7 @@ def _arrows(values, pattern):  # `before` and `after`: lists of S or None
 def comparison_columns(
     comparison: dict,  # from `compare`
 ) -> list:  # [(title, S texts)]
-    "Everything worth a column, for tables in any format"
+    "The columns of a comparison, for tables in any format"
     gain, watched = comparison["gain"], comparison.get("other_rewards", {})
     gains = [f"{format_number(m, '+.3f')} ± {format_number(e, '.3f')}" for m, e in zip(gain["mean"], gain["se"])]
     columns = [
@@ -347,7 +347,7 @@ def comparison_columns(
 def comparison_title(
     comparison: dict,  # from `compare`
 ) -> str:
-    "What a table of this comparison shows"
+    "The title of a table of this comparison"
     n, sampler = comparison["n"], comparison.get("sampler", "DDIM, η=1")
     fewer = [f", {m} at {T} steps" for m, T in zip(comparison.get("pairs", []), comparison["steps"]) if m < n]
     return f"{comparison['reward']}, {n} fixed pairs of prompt and noise{''.join(fewer)}, {sampler}"
@@ -386,7 +386,7 @@ def seed_interval(
 
 # %% ../nbs/30_evaluate.ipynb #a30eca2b
 def _values_by_steps(records, value):  # evaluations of one run; a key of theirs, or of their `other_rewards`
-    "step count -> number, NaN where it was not to be had. Raises `ValueError` where it was not measured"
+    "step count -> number, NaN where it is missing. Raises `ValueError` if it was not measured"
     table = {}
     for record in records:
         others = record.get("other_rewards", {})

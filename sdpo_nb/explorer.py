@@ -125,7 +125,7 @@ def _picture_png(image):
 # %% ../nbs/34_explorer.ipynb #d24bafb9
 @dataclass
 class Explored:
-    "Everything there is to see of one trajectory of T steps"
+    "What the explorer shows of one trajectory of T steps"
 
     prompt: str
     seed: int

@@ -23,7 +23,7 @@ def atomic_write(
     path,  # where to; missing folders are created
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> Path:  # `path`
-    "Write a file so that whoever reads it finds the old content or the new, whatever happens in between"
+    "Write a file so that a reader finds either the old content or the complete new content"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -83,7 +83,7 @@ def append_jsonl(
     path,  # created where missing
     record: dict,  # one line
 ) -> Path:  # `path`
-    "Append a record to a JSON lines file, in place of a line that an accident has torn"
+    "Append a record to a JSON lines file; an incomplete last line is replaced"
     path, line = Path(path), _json_line(record).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
@@ -128,7 +128,7 @@ results_address = "https://raw.githubusercontent.com/sdpo-nb/sdpo_nb/main/benchm
 def read_results(
     name: str,  # a file below `benchmarks/results`, such as "experiments/main.jsonl"
 ) -> list:  # its records
-    "Committed raw results, from the checkout or else from the repository. Raises `FileNotFoundError` with one sentence"
+    "Committed raw results, from the checkout or from the repository. Raises `FileNotFoundError` with one sentence"
     if (results_folder / name).is_file():
         return read_jsonl(results_folder / name)
     try:
@@ -146,7 +146,7 @@ def check_output(
     folder: Path,  # of a new run
     overwrite: bool = False,  # may it replace a run that has finished epochs?
 ) -> bool:  # does it hold a run that is to be replaced?
-    "Raise ValueError where a new run would overwrite something"
+    "Raise ValueError if a new run would overwrite an earlier one"
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     log = folder / "metrics.jsonl"
@@ -168,7 +168,7 @@ def clear_run(folder):
 
 
 def versions() -> dict:
-    "What a result depends on besides its settings"
+    "Versions of Python and of the packages that a result depends on"
     import diffusers, peft, torch, transformers
     import sdpo_nb
 

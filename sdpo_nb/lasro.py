@@ -85,7 +85,7 @@ class LaSROConfig(RunConfig):
             raise ValueError("lora_rank is 0; give at least 1: the reference is the policy with its LoRA switched off.")
 
     def plan(self, processes: int = 1) -> dict:
-        "What a round amounts to"
+        "The counts of a round"
         labelled, samples = self.pairs_per_epoch * self.candidates, 2 * self.micro_batch
         return {
             "labelled samples per epoch": labelled,
@@ -140,7 +140,7 @@ class LaSROTrainer(Run):
         return self.close_rollout(rollout, claims, losses, logs)
 
     def finished(self) -> bool:
-        "Out of epochs, out of patience, or alarmed too often"
+        "Are all epochs done, is the patience used up, or were there too many alarms in a row?"
         return super().finished() or 0 < self.config.alarm_patience <= self.counts["alarms_in_a_row"]
 
     def extra_state(self) -> dict:
@@ -234,7 +234,7 @@ def pretrain(self: LaSROTrainer):
 @patch
 @torch.no_grad()
 def surrogate_scores(self: LaSROTrainer, outputs: torch.Tensor, prompts: list) -> torch.Tensor:  # `[N,T,C,H,W]`, N
-    "What the surrogate says, without gradient: `[N,T]` on the CPU"
+    "Scores of the surrogate, without gradient: `[N,T]` on the CPU"
     scores = []
     for part in torch.arange(len(prompts)).split(self.config.micro_batch * self.config.candidates):
         embedding = self.policy.embed([prompts[i] for i in part])
@@ -291,7 +291,7 @@ def generator_loss(self: LaSROTrainer, prompts: list, initial, noises) -> tuple:
 # %% ../nbs/43_lasro.ipynb #e8e9be24
 @patch
 def generator_step(self: LaSROTrainer, number: int) -> dict:  # within the epoch; what to log
-    "One step of the LoRA against the frozen surrogate; no reward is asked"
+    "One step of the LoRA against the frozen surrogate; the reward is not queried"
     c, key = self.config, (self.epoch, number)
     generator = torch.Generator().manual_seed(hash_seed(c.seed, "generator prompts", *key))
     prompts = [self.prompts[i] for i in torch.randint(len(self.prompts), (c.generator_batch,), generator=generator)]

@@ -173,7 +173,7 @@ def _check_fit(self: TrainablePipeline, weights: dict, file):
 # %% ../nbs/06_lora_files.ipynb #73b7ba3b
 @torch.no_grad()
 def _scale_adapter(network, name, scale):
-    "Make a LoRA weaker or stronger, for good"
+    "Multiply the effect of a LoRA by a factor, permanently"
     for key, parameter in network.named_parameters():
         if f"lora_B.{name}." in key:
             parameter.mul_(scale)
@@ -192,7 +192,7 @@ def load_lora(
     scale: float = 1.0,  # how much of it
     name: str = "default",  # the one that a run goes on from; under other names they lie underneath, effects add up
 ) -> TrainablePipeline:  # itself
-    "Put a saved LoRA in the place of the one of this name. Raises `OSError` or `ValueError`, and nothing has changed."
+    "Load a saved LoRA under this name. Raises `OSError` or `ValueError`, and leaves the model unchanged."
     weights, described, file = self._read_lora(folder_or_file)
     self._check_fit(weights, file)
     self._make_room(name)

@@ -25,7 +25,7 @@ def _check_shapes(
     weight: torch.Tensor,  # `[M]`
     paired: bool,  # whether K must be 2
 ):
-    "Refuse tables that would broadcast into nonsense (ValueError)."
+    "Raise ValueError for tables whose shapes would broadcast to a wrong result."
     shape = list(log_prob.shape)
     if len(shape) != 2 or (paired and shape[0] != 2):
         raise ValueError(

@@ -304,7 +304,7 @@ def preference_accuracy(
     pairs: PreferencePairs,  # preferably of captions that it was not trained on
     edges: list,  # of the timestep's bins, the first and last included
 ) -> list:  # a dict for each bin: its edges, the number of decided pairs, and means: accuracy, loss (nats), gap
-    "How often the judge is right about decided pairs, and how sure it is, by timestep"
+    "Accuracy and certainty of the judge on pairs that are not ties, by timestep"
     scores = torch.cat([score_pairs(judge, pairs[part]) for part in torch.arange(len(pairs)).split(128)], 1).cpu()
     measures, parts = _measures(scores, pairs.target), []
     bins = torch.bucketize(pairs.timesteps, torch.tensor(edges[1:-1]), right=True)
@@ -330,7 +330,7 @@ def save_preference(model: StepAwarePreference, folder: Path) -> Path:  # traine
 
 # %% ../nbs/40_preference.ipynb #ce29fd51
 def _find_modulation(place):  # a folder that exists, or a hub id; a path, or None as with a plain CLIP
-    "What training adds to a CLIP model, downloaded if need be. Raises `OSError` where the hub cannot be asked"
+    "What training adds to a CLIP model, downloaded if needed. Raises `OSError` if the hub cannot be reached"
     if Path(place).is_dir():
         return Path(place) / modulation_file if (Path(place) / modulation_file).is_file() else None
     with explained(place, _asker + "preference_model", "main"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 # %% ../nbs/21_recipes.ipynb #8dfe8c14
 @dataclass(frozen=True)
 class Recipe:
-    "A method as data: each field names a choice that some other module knows how to carry out"
+    "A method as data: each field names a choice that another module carries out"
 
     num_steps: int | tuple = 10  # T while training; of several, one is drawn for each epoch
     sampling: str = "pair"  # "single", "pair" (two trajectories from one initial noise) or "independent_pair"

@@ -285,7 +285,7 @@ def load_network(
 def world_sized(
     images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
 ) -> torch.Tensor:  # float32 `[B,3,32,32]`
-    "Squeeze pictures of other sizes to the 32 by 32 pixels of the shapes world, anti-aliased."
+    "Resize pictures to the 32 by 32 pixels of the shapes world, with anti-aliasing."
     if images.shape[-2:] == (image_size, image_size):
         return images.float()
     squeezed = F.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)

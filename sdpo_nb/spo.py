@@ -1,4 +1,4 @@
-"""Draw several candidates for every step, let a judge of single steps compare them, learn from best against worst.
+"""Draw several candidates for every step, let a judge of single steps compare them, and learn from the best against the worst.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/spo.html.md"""
 
@@ -57,12 +57,12 @@ def _describe_judge(name, reward):  # as the settings have them
 
 # %% ../nbs/41_spo.ipynb #8062a489
 def _check_judge(name, policy):  # as the settings have them
-    "Raise ValueError for a judge that is not there, or that does not know the policy's pictures"
+    "Raise ValueError for a judge that does not exist, or that was trained for another policy"
     if name == "reward" or name.startswith(given) or (name == "tiny" and policy in embedded_policies):
         return
     if name == "tiny":
         raise ValueError(
-            "preference_model is 'tiny', which knows nothing but pictures of the policy tiny, and the policy is "
+            "preference_model is 'tiny', trained on pictures of the policy tiny only, and the policy is "
             f"{policy!r}; give the folder or hub id of a judge, or reward (cheap mode)."
         )
     try:
@@ -127,7 +127,7 @@ class SPOTrainer(TreeTrainer):
         )
 
     def setup_credit(self):
-        "Who compares the candidates"
+        "Load the judge that compares the candidates"
         if self.preference is None:
             self.preference = get_preference(self.config.preference_model, self.reward)
         if isinstance(self.preference, torch.nn.Module):
@@ -138,11 +138,13 @@ class SPOTrainer(TreeTrainer):
 
 # %% ../nbs/41_spo.ipynb #48f845d8
 @patch
-def judge(self: SPOTrainer, latents, timestep, prompts):  # clean `[N,C,H,W]`, a number, N texts; `[N]`
+def judge(
+    self: SPOTrainer, latents, timestep, prompts
+):  # clean `[N,C,H,W]`, a number or a tensor of one, N texts; `[N]`
     "Decode and ask the preference model"
 
     def preference_model(images, names):
-        return self.preference(images, torch.full((len(images),), timestep), names)
+        return self.preference(images, torch.as_tensor(timestep).expand(len(images)), names)
 
     self.judged += len(latents)
     return self.score_latents(latents, prompts, reward=preference_model)
@@ -161,7 +163,7 @@ def credit(self: SPOTrainer, rollout: Rollout):
     "Best against worst at every step: of all candidates two remain; completes the rollout in place"
     _, _, gap = compare_candidates(rollout.dense, self.config.preference_scale)
     usable = torch.zeros(gap.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(self.trained_steps), True)
-    rollout.valid = (gap > self.config.preference_threshold) & usable
+    rollout.valid = (gap > self.config.preference_threshold).cpu() & usable
     advantage = gap.nan_to_num(0.0).to(rollout.latents.device)
     rollout.advantages = torch.stack([advantage, -advantage])
     self.keep_extremes(rollout)

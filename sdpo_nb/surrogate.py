@@ -293,10 +293,10 @@ def note_claims(
     doubt: float,  # its standard error
 ) -> bool:  # is the alarm raised?
     "Has the true gain fallen, or is the surrogate no better than chance? NaN and infinite errors raise no alarm"
-    coin = accuracy - 2 * doubt <= 0.5 and math.isfinite(doubt)
+    near_chance = accuracy - 2 * doubt <= 0.5 and math.isfinite(doubt)
     spread = 2 * math.hypot(error, counts["best_error"])
     fallen = true + spread < counts["best_true"] and claimed >= counts["best_claimed"]
-    counts["alarms_in_a_row"] = counts["alarms_in_a_row"] + 1 if coin or fallen else 0
+    counts["alarms_in_a_row"] = counts["alarms_in_a_row"] + 1 if near_chance or fallen else 0
     if true > counts["best_true"] and math.isfinite(error):
         counts.update(best_true=true, best_error=error, best_claimed=claimed)
-    return coin or fallen
+    return near_chance or fallen

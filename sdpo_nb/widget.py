@@ -56,12 +56,12 @@ class _View(widgets.VBox):
         c["step"].observe(self._draw, "value")
 
     def _draw(self, change=None):
-        "Show the chosen step of the trajectory at hand"
+        "Show the chosen step of the current trajectory"
         last = -1 if self.explored is None else len(self.explored) - 1
         self.view.value = "" if last < 0 else step_html(self.explored, min(self.controls["step"].value, last))
 
     def _show(self, explored):
-        "Make this the trajectory at hand; None leaves the view empty"
+        "Show this trajectory; None empties the view"
         self.explored, last = explored, 0 if explored is None else len(explored) - 1
         for name in ("step", "play"):
             self.controls[name].max = max(1, last)

@@ -19,7 +19,7 @@ from PIL import Image
 import sdpo_nb.cli as cli
 from sdpo_nb.calls import file_hash
 from sdpo_nb.cli import eval_command, method_settings, sample_command, train_command, training_words
-from sdpo_nb.commands import CommandParser, Flag, flags_of, run_command
+from sdpo_nb.commands import CommandParser, Flag, flags_of, read_value, run_command
 from sdpo_nb.config import TrainConfig
 from sdpo_nb.files import read_json, read_jsonl
 
@@ -84,6 +84,30 @@ def test_words_are_understood(words, values, given):
     assert parser.read(words.split()) == (values, given)
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("here this --hot maybe", "hot is 'maybe'; give true or false."),
+        ("here --cups --hot", "cups has no value; write --cups N."),
+        ("", "required: WHERE; try tea --help."),
+        ("a b c", "c; try tea --help."),
+        ("a -minutes 1", "did you mean --minutes?"),
+    ],
+)
+def test_words_that_are_not(words, sentence):
+    parser = CommandParser("tea", {"WHERE": "a table", "[WHO]": "a guest"}, TEA, "An example.")
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parser.read(words.split())
+
+
+@pytest.mark.parametrize(
+    "name, value", [("hot", "yes"), ("cups", "1.5"), ("cups", True), ("minutes", None), ("label", ["a"])]
+)
+def test_values_of_another_kind(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; give ")):
+        read_value(name, TEA[name], value)
+
+
 @pytest.mark.parametrize("flag", [flag for flag in fields(TrainConfig)], ids=lambda f: f.name)
 def test_every_field_is_a_flag(flag):
     known = flags_of(TrainConfig)[flag.name]
@@ -142,13 +166,14 @@ def test_any_words_end_in_a_plan_or_in_one_line():
         ("tiny --micro_batch 5", ["micro_batch is 5", "divisor"]),
         ("tiny --num_steps 1", ["num_steps is 1", "reward_to_go"]),
         ("tiny --beta 0.5", ["beta is 0.5", "reward_difference"]),
-        ("tiny --candidates 4", ["candidates", "spo", "'sdpo' does not obey", "leave it out"]),
+        ("tiny --candidates 4", ["candidates", "spo", "'sdpo' does not use", "leave it out"]),
         ("tiny --reward 0.5*warmth+", ["reward", "mixture"]),
         ("tiny --reward 0.5*warmth-1*beauty", ["'beauty'", "my_file.py:function"]),
         ("tiny --reward mine.py:f", ["reward is 'mine.py:f'", "'mine.py' is not found here"]),
         ("tiny --reward 0.5*warmth+no_such_module:f", ["'no_such_module' is not found here"]),
         ("tiny --variant", ["variant has no value", "--variant TEXT"]),
         ("tiny --config nowhere.yaml", ["config", "'nowhere.yaml'"]),
+        ("tiny --prompts nowhere.txt", ["prompts is 'nowhere.txt'"]),
         ("tiny --resume nowhere", ["resume", "'nowhere'", "run"]),
         ("--resume .", ["resume", "'.'", "run"]),
     ],
@@ -165,6 +190,7 @@ def test_bad_training_command(words, parts, capfd, tmp_path):
     [
         ("epoch: 5", "did you mean 'epochs'"),
         ("epochs: [1]", "whole number"),
+        ("epochs:", "whole number"),
         ("epochs: true", "whole number"),
         ("just words", "field: value"),
         ("a: [", "YAML"),
@@ -196,7 +222,7 @@ def test_what_a_method_does_not_obey_is_refused_by_name(recipe, tmp_path, capfd)
             assert re.match(
                 rf"sdpo-train: {name} is a setting of the recipes? [\w, ]+, which the recipe '{recipe}'", line
             )
-            assert line.endswith(" does not obey; leave it out.\n")
+            assert line.endswith(" does not use; leave it out.\n")
 
 
 @pytest.mark.parametrize(
@@ -691,7 +717,7 @@ def test_a_resumed_run_equals_an_unbroken_one(small, finished_run, tmp_path, cap
         (["--num_steps", "5"], ["num_steps is 5", "started with 3"]),
         (["--output_dir", "other"], ["output_dir", "'other'"]),
         (["--reward", "warmth"], ["reward", "warmth", "colorfulness"]),
-        (["--candidates", "3"], ["candidates", "'sdpo' does not obey"]),
+        (["--candidates", "3"], ["candidates", "'sdpo' does not use"]),
     ],
 )
 def test_a_resumed_run_stays_the_same_run(words, parts, finished_run, capfd):

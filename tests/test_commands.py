@@ -77,6 +77,9 @@ def test_places_that_cannot_be_written(tmp_path):
     for name in ("a\0b", "x" * 300 + "/run"):
         with pytest.raises((ValueError, OSError)):
             check_writable("output_dir", tmp_path / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not a folder"):
+        check_writable("output_dir", tmp_path / "file" / "deeper")
     field = next(f for f in fields(RunConfig) if f.name == "output_dir")
     for wrong in (3, b"x", ["a"], None, {}):
         with pytest.raises(ValueError, match="^output_dir is .*; give a text.$"):

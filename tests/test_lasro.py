@@ -322,7 +322,7 @@ def test_a_run_that_is_led_astray_is_stopped_by_its_alarm(tmp_path):
         ({"lora_rank": 0}, "lora_rank is 0; give at least 1: the reference is the policy with its LoRA switched off."),
         (
             {"kl_coefficient": 0.1},
-            "kl_coefficient is a setting of the recipes .*, which the recipe 'lasro' does not obey",
+            "kl_coefficient is a setting of the recipes .*, which the recipe 'lasro' does not use",
         ),
         ({"sampling": "single"}, "sampling is a setting of the recipes"),
     ],

@@ -90,7 +90,8 @@ def test_what_processes_cannot_share():
 @pytest.mark.parametrize("name", presets)
 def test_every_preset_has_a_page(name):
     page = plan_text(resolve(preset_config(name)), ["a cat"])
-    assert "optimizer steps in total" in page and f"{'MB' if name.startswith('tiny') else 'GB'} in all, estimated" in page
+    unit = "MB" if name.startswith("tiny") else "GB"
+    assert "optimizer steps in total" in page and f"{unit} in all, estimated" in page
     assert plan_text(resolve(preset_config(name, policy="./mine")), ["a cat"]).endswith("try a small micro_batch first")
     hint = launch_hint(name, 1)
     assert ("accelerate launch --num_processes 4" in hint) == name.endswith("_4x24gb") and not launch_hint(name, 4)

@@ -157,7 +157,7 @@ def test_it_trains(make, settings):
 
 
 def test_judges_that_are_handed_over(make):
-    with pytest.raises(ValueError, match="preference_model is 'tiny', which knows nothing but pictures of the policy"):
+    with pytest.raises(ValueError, match="preference_model is 'tiny', trained on pictures of the policy"):
         make(judge="tiny")
     shipped = make(judge=load_preference("tiny"))  # whoever hands it over knows why
     assert shipped.config.preference_model == "given:tiny"
@@ -387,7 +387,7 @@ def test_a_judge_that_was_handed_over_cannot_be_resumed_without_it(make, tmp_pat
     [
         (
             ["sd_turbo_aesthetic", "--recipe", "spo", "--num_steps", 4],
-            "preference_model is 'tiny', which knows nothing",
+            "preference_model is 'tiny', trained on pictures of the policy tiny",
         ),
         (["tiny", "--recipe", "spo", "--candidates", 1], "candidates is 1; give a whole number from 2 to 64."),
         (["tiny", "--recipe=spo", "--num_steps", 1], "num_steps is 1 with divert_start=None"),

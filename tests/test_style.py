@@ -21,11 +21,7 @@ SCRIPTS = [path for folder in ("tests", "benchmarks", ".ci") for path in sorted(
 
 # Public names that nothing here uses outside their own notebook, and why they are public all the same.
 FOR_USERS = {
-    "embedded.couple": "writes attributes into the noise of the embedded model",
-    "embedded.code_directions": "where in the noise they are written",
-    "embedded.coded": "which attributes",
-    "scorers.Scorer": "the base class of a scorer of one's own",
-    "scorers.CosineScorer": "likewise, for cosines of a picture and its prompt",
+    "embedded.coded": "which attributes are written into the noise of the embedded model",
 }
 
 
