@@ -385,7 +385,6 @@ _sd_turbo = dict(
     num_steps=50,
     pairs_per_epoch=128,
     precision="fp16",
-    lora_rank=4,
     checkpoint_every=1,
 )
 reward_settings = {  # of the public code: epochs, learning rate, pairs behind an update
@@ -430,6 +429,7 @@ presets = {  # name -> what differs from the defaults of TrainConfig
     },
 }
 presets["tiny_flow"] = presets["tiny"] | dict(policy="tiny_flow", output_dir="runs/tiny_flow")
+presets["tiny_flow"] |= dict(pairs_per_update=8, kl_coefficient=0.005)
 
 # %% ../nbs/23_config.ipynb #e4303690
 def preset_config(

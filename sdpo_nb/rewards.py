@@ -443,6 +443,6 @@ def _large_reward(module, name):
 
 
 _large = dict(scorers="aesthetic imagereward hpsv2 hpsv2.1 pickscore clipscore", scorers_2026="siglip2 vqascore hpsv3")
-for module, names in _large.items():
-    for name in names.split():
+for module, listed in _large.items():
+    for name in listed.split():
         register_reward(name, _large_reward(module, name))
