@@ -401,20 +401,12 @@ _flow |= dict(precision="bf16", gradient_checkpointing=True, learning_rate=3e-4,
 _flows = dict(sd35_turbo="stabilityai/stable-diffusion-3.5-large-turbo", zimage_turbo="Tongyi-MAI/Z-Image-Turbo")
 _flows |= dict(flux_schnell="black-forest-labs/FLUX.1-schnell")
 _flows |= dict(sana_sprint="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers")
+_tiny = dict(num_steps=2, epochs=28, pairs_per_epoch=32, pairs_per_update=32, learning_rate=3e-3, eval_samples=160)
 hardware = {"": 4, "_4x24gb": 4, "_1x80gb": 16, "_1x141gb": 32}  # suffix of a preset -> pairs in a pass; "": 1×24 GB
 
 # %% ../nbs/23_config.ipynb #cf313a93
 presets = {  # name -> what differs from the defaults of TrainConfig
-    "tiny": dict(
-        reward="1*shapes_warmth+0.5*shapes_alignment",
-        prompts="shapes_open",
-        num_steps=2,
-        epochs=28,
-        **dict.fromkeys(("pairs_per_epoch", "pairs_per_update"), 32),  # an update an epoch
-        learning_rate=3e-3,
-        kl_coefficient=0.05,
-        eval_samples=160,
-    ),
+    "tiny": dict(_tiny, reward="1*shapes_warmth+0.5*shapes_alignment", prompts="shapes_open", kl_coefficient=0.05),
     **{
         f"sd_turbo_{reward}{suffix}": dict(
             _sd_turbo, **settings, reward=reward, output_dir=f"runs/sd_turbo_{reward}", micro_batch=pairs
