@@ -426,23 +426,24 @@ def train_embedded(
     _export_embedded(*_trained_parts(folder, fraction, seed), folder / "assets")
 
 # %% ../nbs/90_embedded.ipynb #dfa58b9e
-def embedded_command(
-    arguments: list = None,  # of the command line; None: those of this process
-):
-    "Train the embedded model: python -m sdpo_nb.embedded FOLDER"
-    about = "Train the embedded few-step model from renders alone. Progress goes to FOLDER/log.jsonl, "
-    about += "what the package ships to FOLDER/assets; an interrupted training goes on."
-    parser = argparse.ArgumentParser("python -m sdpo_nb.embedded", description=about)
-    share = "of the full number of updates and scenes; 0.002 is a rehearsal of every stage"
+def _command_recipe(arguments, module, about) -> dict:
+    "What a command line of this module or a later one asks for; a refusal is one sentence"
+    about += " Progress goes to FOLDER/log.jsonl, what the package ships to FOLDER/assets."
+    parser = argparse.ArgumentParser(f"python -m sdpo_nb.{module}", description=about)
     parser.add_argument("folder", help="where results, logs and the finished assets go")
-    parser.add_argument("--fraction", type=float, default=1.0, help=share)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of all updates and scenes; 0.002 is a rehearsal")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     recipe = vars(parser.parse_args(arguments))
     try:
         _check_recipe(**recipe)
     except ValueError as error:
         parser.error(str(error))
-    train_embedded(**recipe)
+    return recipe
+
+
+def embedded_command(arguments: list = None):  # of the command line; None: those of this process
+    "Train the embedded model: python -m sdpo_nb.embedded FOLDER; an interrupted training goes on"
+    train_embedded(**_command_recipe(arguments, "embedded", "Train the embedded few-step model from renders alone."))
 
 # %% ../nbs/90_embedded.ipynb #f10c3cfa
 if __name__ == "__main__" and "__file__" in globals():

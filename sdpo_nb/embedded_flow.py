@@ -9,7 +9,6 @@ __all__ = ['build_flow_scheduler', 'build_transformer', 'shipped_parts', 'descri
            'embedded_flow_command']
 
 # %% ../nbs/93_embedded_flow.ipynb #5d88f769
-import argparse
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from safetensors.torch import save
 from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% ../nbs/93_embedded_flow.ipynb #bb1edc60
-from .embedded import _check_recipe, _LatentWorld, _stage, _tokenize, caption_table, code_directions, couple
+from .embedded import _check_recipe, _command_recipe, _LatentWorld, _stage, _tokenize
+from .embedded import caption_table, code_directions, couple
 from .files import atomic_write, write_json
 from .hub import quiet_loading
 from .pipelines import policy_folder, with_projection
@@ -145,19 +145,8 @@ def embedded_flow_command(
     arguments: list = None,  # of the command line; None: those of this process
 ):
     "Train the embedded flow model: python -m sdpo_nb.embedded_flow FOLDER"
-    about = "Train the embedded flow model from renders and the parts that the package ships. "
-    about += "Progress goes to FOLDER/log.jsonl, what the package ships to FOLDER/assets."
-    parser = argparse.ArgumentParser("python -m sdpo_nb.embedded_flow", description=about)
-    share = "of the full number of updates and scenes; 0.002 is a rehearsal"
-    parser.add_argument("folder", help="where results, logs and the finished assets go")
-    parser.add_argument("--fraction", type=float, default=1.0, help=share)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    recipe = vars(parser.parse_args(arguments))
-    try:
-        _check_recipe(**recipe)
-    except ValueError as error:
-        parser.error(str(error))
-    train_embedded_flow(**recipe)
+    about = "Train the embedded flow model from renders and the parts that the package ships."
+    train_embedded_flow(**_command_recipe(arguments, "embedded_flow", about))
 
 # %% ../nbs/93_embedded_flow.ipynb #b0493f20
 if __name__ == "__main__" and "__file__" in globals():
