@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from .hub import quiet_loading
 from .lora_files import TrainablePipeline
 from .mdp import sample_trajectories
-from .pipelines import embedded_policies, load_small_vae, pipeline_class, policy_folder, read_pipeline
+from .pipelines import contiguous_decoder, embedded_policies, load_small_vae
+from .pipelines import pipeline_class, policy_folder, read_pipeline
 from .samplers import Sampler, make_sampler
 from .sharding import own_device, use_one_thread
 
@@ -39,7 +40,7 @@ class Policy(TrainablePipeline):
         name: str = "pipeline",  # how reports call it
     ):
         super().__init__(pipeline, name)
-        self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
+        self.vae, self.scheduler = contiguous_decoder(pipeline.vae), pipeline.scheduler
         for part, module in pipeline.components.items():
             if part.startswith(("text_encoder", "vae")) and module is not None:
                 module.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/pipelines.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_policies', 'policy_folder', 'chosen_variant', 'with_projection', 'pipeline_class', 'read_pipeline',
-           'load_small_vae']
+           'load_small_vae', 'contiguous_decoder']
 
 # %% ../nbs/07_pipelines.ipynb #30cadc32
 import json
@@ -206,3 +206,14 @@ def load_small_vae(
             f"give one with {channels} channels and {side} pixels to a latent."
         )
     return vae.to(policy.device, policy.dtype).requires_grad_(False).eval()
+
+# %% ../nbs/07_pipelines.ipynb #c5f77e01
+def contiguous_decoder(vae):  # an autoencoder; comes back
+    "On a GPU, restore the order in memory behind the attention in the middle of the decoder"
+
+    def restore(module, given, hidden):
+        return hidden.contiguous() if hidden.is_cuda else hidden
+
+    if middle := getattr(getattr(vae, "decoder", None), "mid_block", None):
+        middle.register_forward_hook(restore)
+    return vae
