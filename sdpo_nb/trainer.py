@@ -281,10 +281,11 @@ def schedule(self: Trainer, rollout: Rollout) -> list:  # of Minibatch
 @patch
 def minibatches(self: Trainer, rollout: Rollout):  # yields a `Minibatch` for each optimiser step
     "What the updates of an epoch learn from; coefficients are those of the policy at that moment"
+    minibatches = placed(self.schedule(rollout), rollout.log_prob.device)
     if self.objective.reference:
         with self.policy.without_lora():
-            rollout.reference_log_prob = self.all_log_probs(rollout)
-    for minibatch in placed(self.schedule(rollout), rollout.log_prob.device):
+            rollout.reference_log_prob = self.all_log_probs(rollout, minibatches)
+    for minibatch in minibatches:
         yield self.with_coefficients(rollout, minibatch) if self.objective.trajectories else minibatch
 
 # %% ../nbs/26_trainer.ipynb #ad6e14aa
@@ -309,15 +310,12 @@ def action_log_prob(
 # %% ../nbs/26_trainer.ipynb #2a3f5bec
 @patch
 @torch.no_grad()
-def all_log_probs(self: Trainer, rollout: Rollout) -> torch.Tensor:  # `[K,B,T]`
-    "Log-probabilities of all trained actions by the policy as it is now, a step of the trajectories at a time"
-    log_prob, everyone, parts = rollout.log_prob.clone(), torch.arange(len(rollout.prompts)), []
-    for step in self.trained_steps:
-        chosen = everyone if rollout.valid is None else rollout.valid[:, step].nonzero()[:, 0]
-        for groups in chosen.split(self.micro_batch) if len(chosen) else ():
-            parts.append(Minibatch(groups, torch.full_like(groups, step)))
+def all_log_probs(self: Trainer, rollout: Rollout, minibatches=None) -> torch.Tensor:  # `[K,B,T]`
+    "Log-probabilities of all trained actions by the policy as it is now, in the batches in which the epoch trains them"
+    minibatches = minibatches or placed(self.schedule(rollout), rollout.log_prob.device)
+    log_prob, parts = rollout.log_prob.clone(), [part for m in minibatches for part in m.split(self.micro_batch)]
     with self.policy.gathered():
-        for groups, steps in placed(parts, log_prob.device):
+        for groups, steps in parts:
             log_prob[:, groups, steps] = self.action_log_prob(rollout, (groups, steps))[0]
     return log_prob
 
