@@ -107,6 +107,7 @@ class RunConfig:
     gradient_checkpointing: bool = setting(
         False, "compute activations again in the backward pass: less memory, more time"
     )
+    deterministic: bool = setting(False, "on a GPU, repeat a run to the last bit: slower kernels, in a fixed order")
     reward_vae: str = setting(
         None, "an AutoencoderTiny (folder or hub id) that decodes for the reward; None: the policy's own", path=True
     )

@@ -6,13 +6,15 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/mdp.html.md"""
 
 # %% auto #0
 __all__ = ['ddim_step', 'hash_seed', 'keyed_noise', 'pair_noise', 'ahead', 'arriving', 'random_states', 'set_random_states',
-           'Trajectory', 'sample_trajectories', 'mixture_denoiser', 'log_ratio_scales']
+           'deterministic_kernels', 'Trajectory', 'sample_trajectories', 'mixture_denoiser', 'log_ratio_scales']
 
 # %% ../nbs/12_mdp.ipynb #1d54bad3
 import hashlib
+import os
 import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -137,6 +139,19 @@ def set_random_states(states: dict):
     torch.set_rng_state(states["torch"])
     for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):  # a run may go on with fewer GPUs
         torch.cuda.set_rng_state(state, index)
+
+# %% ../nbs/12_mdp.ipynb #50a138ed
+@contextmanager
+def deterministic_kernels(wanted: bool = True):
+    "Inside, only kernels with a fixed order of additions run. torch raises RuntimeError for an operation without one"
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if wanted:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
 
 # %% ../nbs/12_mdp.ipynb #4506145f
 @dataclass

@@ -25,7 +25,7 @@ from .commands import replace_unprintable, termination_raises, uninterrupted
 from .config import RunConfig, resolve
 from .files import append_jsonl, atomic_write, check_output, clear_run, read_json, read_jsonl, to_plain
 from .files import versions, write_json, write_jsonl
-from .mdp import hash_seed, random_states, set_random_states
+from .mdp import deterministic_kernels, hash_seed, random_states, set_random_states
 from .models import Policy, decoded_pixels, load_small_vae, precisions
 from .plan import check_processes, plan_text
 from .prompts import load_prompts, prompt_lists
@@ -435,7 +435,7 @@ def train(self: Run) -> dict:  # metrics of the last epoch
         return print(plan_text(self.config, self.prompts, processes)) if main else None
     replace_unprintable()
     self.open_folder()
-    with self.last_state_saved():
+    with self.last_state_saved(), deterministic_kernels(self.config.deterministic):
         self.watch("before_train")
         metrics = None
         while not self.finished():

@@ -136,6 +136,27 @@ def test_resume_is_exact_where_the_evaluation_draws_before_the_first_epoch(make,
     assert same_run(whole, resumed)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_kernels_last_as_long_as_the_run(make, wanted):
+    "Whatever the user has chosen before comes back, also after a failure"
+    seen = []
+
+    class Watch(Callback):
+        def after_epoch(self, run, metrics):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            raise KeyError("an accident")
+
+    for before in (False, True):
+        torch.use_deterministic_algorithms(before)
+        try:
+            with pytest.raises(KeyError):
+                make(deterministic=wanted, callbacks=[Watch()], overwrite=True).train()
+            assert torch.are_deterministic_algorithms_enabled() == before
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [wanted, True]
+
+
 def test_settings_may_be_paths_and_numpy_numbers(make, tmp_path):
     "They must not make the checkpoint unreadable"
     make(output_dir=tmp_path / "run", learning_rate=np.float64(1e-3)).train()
