@@ -174,7 +174,7 @@ def build_preference(
     tower = dict(**sizes, image_size=32, patch_size=8, projection_dim=64)
     known = {
         name: value for name, value in text.config.to_dict().items() if name != "_name_or_path"
-    }  # nobody's business
+    }  # not where the files lay
     words = {name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

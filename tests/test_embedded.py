@@ -88,7 +88,7 @@ def test_taste_prefers_big_centred_and_bright():
 
 
 def test_bridge_samples_look_like_sampled_ddim_chains():
-    "By dice, what the chapter computes: ten thousand chains against ten thousand bridges"
+    "By random draws, what the chapter computes: ten thousand chains against ten thousand bridges"
     sampler, alphas, count = make_sampler(build_scheduler(), 4), build_scheduler().alphas_cumprod, 10_000
     clean, start = torch.full((count, 1, 1, 1), 0.7), torch.full((count, 1, 1, 1), -1.3)
     x, generator = start, seeded()
