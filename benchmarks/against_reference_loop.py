@@ -122,11 +122,9 @@ def measure(policy, config, loops, repeats) -> tuple:
         if config.precision == "fp32" and max(differences.values()) > 1e-3:
             raise SystemExit(f"The loops disagree about the gradient: {differences}.")
         times = {name: [] for name in loops}
-        for repeat in range(repeats + 1):
+        for repeat in range(repeats):  # the gradients have warmed everything up
             for name in loops:  # a fresh LoRA each, all on the same noise
-                found = seconds(build(name), repeat)
-                if repeat:
-                    times[name].append(found)  # the first round warms up
+                times[name].append(seconds(build(name), repeat + 1))
     return differences, times
 
 

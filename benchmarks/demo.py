@@ -75,11 +75,11 @@ def evaluations(evaluation: dict, counts: dict) -> list:
     ]
 
 
-def run(seed: int, picture: Path = None) -> dict:
-    "One `sdpo-train tiny` in a process of its own: settings, versions, machine, times, log and evaluation; picture."
+def run(seed: int, picture: Path = None, words=()) -> dict:
+    "One `sdpo-train tiny`, with more `words`, in its own process: settings, versions, machine, times, log, evaluation."
     with tempfile.TemporaryDirectory() as folder:
         started, used = time.perf_counter(), cpu_seconds()
-        words = ["tiny", "--seed", str(seed), "--output_dir", f"{folder}/run"]
+        words = ["tiny", "--seed", str(seed), "--output_dir", f"{folder}/run", *words]
         command = [sys.executable, "-c", "from sdpo_nb.cli import train_command; train_command()", *words]
         subprocess.run(command, check=True)
         seconds, used = time.perf_counter() - started, cpu_seconds() - used

@@ -13,17 +13,25 @@ machine      what plain matrix products and copies reach here, by precision, and
 sd_turbo     SD-Turbo at 512×512: steps a second while sampling and training, share of the matrix products' rate,
              peak memory against `memory_estimate`, and where the time goes; the same for sdxl_turbo, and for two flow
              models: flow (Stable Diffusion 3.5 Large Turbo) and sana (SANA-Sprint)
+network      a call of SD-Turbo's UNet: how long it takes when nothing waits for the host (by a CUDA graph), how much
+             its blocks gain by `torch.compile`, and what the place of a sample in its batch changes
+decoder      a picture: as the autoencoder was loaded, as this package runs it, and compiled
+kernels      which kernels the GPU spends the time of sampling and training on
 options      every entry of options.py, on and off in turn, with the log-ratio before the first update and its bound
 reference    our loop against the public SDPO code's schedule of calls, same gradient
 worker       a reward of CLIP ViT-L's size, after sampling or in a thread meanwhile
 embedded     two epochs of the embedded model here and on the CPU: do the metrics agree?
 sync         does the host wait for the GPU inside the loops? torch.cuda.set_sync_debug_mode("error") around them
-resume       two epochs at once, and with a stop between them: the same weights to the last bit?
+resume       two epochs at once, and with a stop between them: the same weights to the last bit? With torch's usual
+             kernels, of which some add in any order, and with `deterministic`
+recipes      an epoch of every method here and on the CPU: do the metrics agree?
+demo         the first example of the README, with its evaluations: seconds, and gains by step count
 
 What it does not say: nothing about the quality of pictures, several GPUs, or a run's hours. Its goals are those of an
 H200-class GPU; on anything else they stand beside the numbers as a comparison. A rehearsal on a CPU shows that every
 part runs; its numbers say nothing about a GPU, and its goals stay "not measured". The JSON is written after every
 part, to `--output`; without it to results/gpu_check.json, and by a rehearsal to results/gpu_check_rehearsal.json.
+What an earlier call has measured there stays, unless this one measures it again: so the parts may be run in turn.
 """
 
 import argparse
@@ -31,6 +39,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -38,8 +47,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -47,22 +56,25 @@ from types import SimpleNamespace
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that this process leaves the GPU to those of the parts
 
 import against_reference_loop
+import demo
 import options
 import scoring_worker
 import throughput
 import torch
 from accelerate import init_empty_weights
 from full_width import hub_ids
-from halves import first_half, machine, updates
+from halves import first_half, machine, second_half, updates
 from random_models import full_width, kinds
 from throughput import now
 
 from sdpo_nb.config import TrainConfig, resolve
-from sdpo_nb.files import read_json, versions, write_json
+from sdpo_nb.files import read_json, read_jsonl, versions, write_json
 from sdpo_nb.hub import quiet_loading
 from sdpo_nb.models import load_policy, policy_classes, precisions
 from sdpo_nb.plan import memory_estimate
 from sdpo_nb.prompts import load_prompts
+from sdpo_nb.recipes import recipes
+from sdpo_nb.request import method_settings, method_trainer
 from sdpo_nb.trainer import Trainer
 
 here = Path(__file__).parent
@@ -175,11 +187,11 @@ def sizes(given, most) -> list:
     return fit + ([("fp16", 4), ("fp32", 4)] if most > 16 else [])
 
 
-def model_row(policy, kind, config, rate, given) -> dict:
-    "Throughput, shares and memory of one size"
+def model_row(policy, kind, config, rate, flops, given) -> tuple:
+    "Throughput, shares and memory of one size; and the operations of a pair, which are counted once"
     pairs, cuda = config.micro_batch, policy.device.type == "cuda"
     policy.embed(load_prompts(config.prompts))  # large text encoders would come to the GPU for every new prompt
-    found = throughput.measure(policy, config, 1, rate)
+    found = throughput.measure(policy, config, 1, rate, flops and {half: pairs * flops[half] for half in flops})
     sized = replace(config, policy=hub_ids.get(kind, kind), pairs_per_epoch=pairs, size=512)
     estimate = None if given.small else memory_estimate(sized).get("in all, estimated")
     shares = {name.replace(", ", " "): share for name, share in found["shares"].items()}
@@ -187,14 +199,15 @@ def model_row(policy, kind, config, rate, given) -> dict:
     row |= dict(training_steps_per_second=found["trained_steps_per_second"], precision=config.precision)
     row |= dict(sampling_of_peak=found["of_peak"]["sampling"], training_of_peak=found["of_peak"]["training"])
     row |= dict(peak_gb=found["peak_memory_gb"], estimated_gb=estimate, seconds=found["seconds_per_epoch"])
-    return row | dict(shares=shares, memory="of the GPU" if cuda else "of the process, imports included")
+    row |= dict(shares=shares, memory="of the GPU" if cuda else "of the process, imports included")
+    return row, {half: number / pairs for half, number in found["flops"].items()}
 
 
-def model_part(kind, most=64):
+def model_part(kind, most=32):
     "A part that measures one model at every size, up to so many pairs in a pass"
 
     def part(given):
-        policy = loaded = rate = None
+        policy = loaded = rate = flops = None
         for precision, pairs in sizes(given, most):
             row = dict(row=f"{precision}, {pairs} pair{'s' * (pairs > 1)} a pass")
             try:
@@ -204,13 +217,163 @@ def model_part(kind, most=64):
                     policy, loaded = random_policy(kind, precision, given), precision
                     rate = throughput.matrix_rate(policy.device, policy.dtype, 5)
                 with tempfile.TemporaryDirectory() as folder:
-                    row |= model_row(policy, kind, settings(folder, precision, pairs), rate, given)
+                    found, flops = model_row(policy, kind, settings(folder, precision, pairs), rate, flops, given)
+                row |= found
             except (torch.OutOfMemoryError, FloatingPointError) as error:
                 row["not_measured"] = first_line(error)
             free_memory(given.device)  # of the trainer, after the error has let go of it
             yield row
 
     return part
+
+
+# --- where the GPU's time goes -------------------------------------------------------------------
+
+kernel_kinds = {  # the first pattern that is found in a kernel's name
+    "attention": r"flash|fmha|attention|mha|sdpa",
+    "convolutions": r"conv|fprop|dgrad|wgrad",
+    "layout changes": r"nchw|nhwc|tensorTransform",
+    "matrix products": r"gemm|gemv|cutlass|nvjet|cublas|mm|dot",
+    "normalisation": r"norm|moment",
+    "sums and reductions": r"reduce|sum",
+    "copies": r"memcpy|memset|copy|cat",
+    "elementwise": r"elementwise|vectorized|upsample|silu|gelu|mul|add",
+}
+
+
+def kind_of(kernel) -> str:
+    return next((kind for kind, names in kernel_kinds.items() if re.search(names, kernel, re.IGNORECASE)), "the rest")
+
+
+def profiled(work, device) -> dict:
+    "Shares of the device's busy time by kind of kernel, and the ten largest kernels"
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    started = now(device)
+    with torch.profiler.profile(activities=[activity]) as profile:
+        work()
+        seconds = now(device) - started
+    spent = {}
+    for event in profile.key_averages():
+        spent[event.key] = spent.get(event.key, 0.0) + getattr(event, f"self_{'device' if cuda else 'cpu'}_time_total")
+    busy, kinds = sum(spent.values()), {}
+    for kernel, time_ in spent.items():
+        kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + time_ / busy
+    largest = sorted(spent, key=spent.get, reverse=True)[:10]
+    shares = {kind: kinds[kind] for kind in sorted(kinds, key=kinds.get, reverse=True)}
+    return dict(
+        seconds=seconds, busy=busy / 1e6 / seconds, shares=shares, largest={k[:90]: spent[k] / busy for k in largest}
+    )
+
+
+def kernels_part(given):
+    "Both halves of an epoch, after one that warms up"
+    precision, pairs = ("fp32", 2) if given.small else ("bf16", 16)
+    policy = random_policy("sd_turbo", precision, given)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, rollouts = trainer_of(policy, settings(folder, precision, pairs)), []
+        second_half(trainer, first_half(trainer, 0))
+        sampling = profiled(lambda: rollouts.append(first_half(trainer, 1)), policy.device)
+        training = profiled(lambda: second_half(trainer, rollouts[0]), policy.device)
+    yield dict(row=f"sampling and scoring, {precision}", **sampling)
+    yield dict(row=f"training, {precision}", **training)
+
+
+# --- the network and the decoder by themselves ----------------------------------------------------
+
+
+def fastest(work, device, repeats=3) -> float:
+    "Seconds, after a call that warms up"
+    work()
+    times = []
+    for _ in range(repeats):
+        started = now(device)
+        work()
+        times.append(now(device) - started)
+    return min(times)
+
+
+def apart(one, other) -> float:
+    "Largest difference, as a share of the largest value"
+    return ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
+
+
+def graphed(work):
+    "A CUDA graph of some work, and what it leaves there"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = work()
+    return graph, output
+
+
+def network_part(given):
+    "Calls of the UNet with an untrained LoRA"
+    precision, sizes = ("fp32", (2, 4)) if given.small else ("bf16", (2, 8, 32))
+    policy, most = random_policy("sd_turbo", precision, given), max(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        sampler = trainer_of(policy, settings(folder, precision)).sampler
+    prompts = (load_prompts("shapes") * most)[:most]
+    embedding, steps = policy.embed(prompts), torch.arange(most).to(policy.device) % sampler.num_steps
+    latents = torch.randn(most, *policy.latent_shape, device=policy.device).to(policy.dtype)
+
+    def call(places):
+        return policy.predict(latents[places], sampler.timesteps[steps[places]], embedding[places])
+
+    everyone, shuffled = torch.arange(most, device=policy.device), torch.randperm(most).to(policy.device)
+    with_gradient = call(everyone).detach()
+    with torch.no_grad():
+        plain, moved = call(everyone), call(shuffled)
+    yield dict(row="with a gradient and without", largest_difference=apart(with_gradient, plain))
+    yield dict(row="at other places of the batch", largest_difference=apart(moved, plain[shuffled]))
+    row = dict(row=f"{most} samples, {precision}, with the backward pass")
+    yield row | dict(seconds=fastest(lambda: call(everyone).square().mean().backward(), policy.device))
+    with torch.no_grad():
+        for number in sizes:
+            work = partial(call, everyone[:number])
+            row = dict(row=f"{number} samples, {precision}", seconds=fastest(work, policy.device))
+            if policy.device.type == "cuda":
+                graph, output = graphed(work)
+                row |= dict(graph_seconds=fastest(graph.replay, policy.device), graph_differs=apart(output, work()))
+            yield row
+        if policy.device.type == "cuda":  # on a CPU it takes minutes
+            for name, change in {"attention": options.compile_repeated, "all": options.compile_blocks}.items():
+                started = now(policy.device)
+                change(policy)
+                first, work = apart(call(everyone), plain), partial(call, everyone)
+                seconds, busy = now(policy.device) - started, profiled(work, policy.device)
+                row = dict(row=f"{most} samples, {name} blocks compiled", first_call=seconds, differs=first)
+                kernels = busy["busy"] * busy["seconds"]
+                yield row | dict(seconds=fastest(work, policy.device), kernel_seconds=kernels)
+
+
+def decoder_part(given):
+    "Pictures of 512 × 512, eight at a time"
+    number = 2 if given.small else 8
+    policy = random_policy("sd_turbo", "fp32" if given.small else "bf16", given)
+    latents = torch.randn(number, *policy.latent_shape, device=policy.device).to(policy.vae.dtype)
+    middle = policy.vae.decoder.mid_block
+
+    @torch.no_grad()
+    def decode():
+        return policy.vae.decode(latents, return_dict=False)[0]
+
+    plain, hooks = decode(), dict(middle._forward_hooks)
+    seconds = fastest(decode, policy.device) / number
+    middle._forward_hooks.clear()
+    yield dict(row="as loaded", seconds=fastest(decode, policy.device) / number, differs=apart(decode(), plain))
+    middle._forward_hooks.update(hooks)
+    yield dict(row="order in memory restored", seconds=seconds, differs=0.0)
+    if policy.device.type == "cuda":
+        started = now(policy.device)
+        policy.vae.decoder.compile(dynamic=False)
+        row = dict(row="compiled", differs=apart(decode(), plain), first_call=now(policy.device) - started)
+        yield row | dict(seconds=fastest(decode, policy.device) / number)
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -220,11 +383,12 @@ def options_part(given):
     "Each entry of `options.options`, on and off in turn"
     pairs, rounds = (4, 1) if given.small else (16, 3)
     for name, option in options.options.items():
-        if option.cpu_only:
+        if option.cpu_only or name not in given.options:
             continue
         precision = "fp32" if given.small else option.precision
         row = dict(row=f"{name}, {precision}")
-        if reason := options.why_not(option, given.device):
+        slow = "on a CPU it compiles for minutes" if name == "blocks compiled" and given.small else ""
+        if reason := options.why_not(option, given.device) or slow:
             yield dict(row, not_measured=reason)
             continue
         try:
@@ -246,10 +410,8 @@ def reference_part(given):
     precision, pairs = ("fp32", 2) if given.small else ("bf16", 16)
     policy = random_policy("sd_turbo", precision, given)
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(folder, precision, pairs, num_steps=4, learning_rate=1e-5)
-        theirs = {f"reference, {n} a pass": n for n in ((1,) if given.small else (1, 2))}
-        theirs = {name: (against_reference_loop.ReferenceLoop, n) for name, n in theirs.items()}
-        loops = {"ours": (Trainer, pairs), **theirs}
+        config = settings(folder, precision, pairs, learning_rate=1e-5)
+        loops = {"ours": (Trainer, pairs), "reference, 1 a pass": (against_reference_loop.ReferenceLoop, 1)}
         differences, times = against_reference_loop.measure(policy, config, loops, 1)
     for name, found in times.items():
         ratio = found[0]["epoch"] / times["ours"][0]["epoch"]
@@ -279,7 +441,7 @@ def worker_part(given):
     precision = "fp32" if given.small else "bf16"
     policy, reward = random_policy("sd_turbo", precision, given), Scorer(given.device, given.small)
     sized = dict(num_steps=4, pairs_per_epoch=8, micro_batch=2, rounds=2) if given.small else None
-    sized = sized or dict(num_steps=10, pairs_per_epoch=64, micro_batch=16, rounds=2)
+    sized = sized or dict(num_steps=10, pairs_per_epoch=32, micro_batch=8, rounds=1)
     found = scoring_worker.compare(policy, reward, SimpleNamespace(policy=policy.name, precision=precision, **sized))
     seconds = {name: min(found[f"seconds_{name}"]) for name in ("after_each_other", "in_a_thread")}
     yield dict(row="a reward of CLIP ViT-L's size", **seconds, times_as_fast=found["ratio"], queries=found["queries"])
@@ -288,13 +450,11 @@ def worker_part(given):
 # --- is it right? --------------------------------------------------------------------------------
 
 
-def embedded_run(device, folder, epochs=2, resume=False) -> tuple:
+def embedded_run(device, folder, epochs=2, resume=False, **changes) -> tuple:
     "Metrics of each epoch, and the weights of the LoRA"
-    same = dict(num_steps=3, reward="shapes_aesthetic", micro_batch=4, checkpoint_every=1, eval_samples=0)
-    config = settings(
-        folder, "fp32", 8, policy="tiny", epochs=epochs, resume=f"{folder}/run" if resume else None, **same
-    )
-    trainer = trainer_of(load_policy("tiny", device=device), config)
+    changes |= dict(num_steps=3, reward="shapes_aesthetic", micro_batch=4, checkpoint_every=1, eval_samples=0)
+    changes |= dict(policy="tiny", epochs=epochs, resume=f"{folder}/run" if resume else None)
+    trainer = trainer_of(load_policy("tiny", device=device), settings(folder, "fp32", 8, **changes))
     trainer.train()
     lines = [json.loads(line) for line in Path(trainer.folder, "metrics.jsonl").read_text().splitlines()]
     weights = torch.cat([weight.detach().flatten().cpu() for weight in trainer.parameters])
@@ -322,15 +482,70 @@ def embedded_part(given):
 
 def resume_part(given):
     "At once twice, which tells what the device itself repeats, and with a stop between the epochs"
-    with tempfile.TemporaryDirectory() as folder:
-        lines, weights = embedded_run(given.device, f"{folder}/a")
-        _, again = embedded_run(given.device, f"{folder}/b")
-        embedded_run(given.device, f"{folder}/c", epochs=1)
-        resumed_lines, resumed = embedded_run(given.device, f"{folder}/c", resume=True)
-    same = all(a[name] == b[name] for a, b in zip(lines, resumed_lines) for name in compared)
-    largest = [(other - weights).abs().max().item() for other in (again, resumed)]
-    yield dict(row="the same run twice", largest_difference=largest[0], exact=largest[0] == 0)
-    yield dict(row="stopped and resumed", largest_difference=largest[1], exact=largest[1] == 0, same_metrics=same)
+    for deterministic in (False, True):
+        kernels = ", deterministic" * deterministic
+        with tempfile.TemporaryDirectory() as folder:
+            run = partial(embedded_run, given.device, deterministic=deterministic)
+            lines, weights = run(f"{folder}/a")
+            _, again = run(f"{folder}/b")
+            run(f"{folder}/c", epochs=1)
+            resumed_lines, resumed = run(f"{folder}/c", resume=True)
+        same = all(a[name] == b[name] for a, b in zip(lines, resumed_lines) for name in compared)
+        apart = [(other - weights).abs().max().item() for other in (again, resumed)]
+        yield dict(row=f"the same run twice{kernels}", largest_difference=apart[0], exact=apart[0] == 0)
+        row = dict(largest_difference=apart[1], exact=apart[1] == 0, same_metrics=same)
+        yield dict(row=f"stopped and resumed{kernels}", **row)
+
+
+def one_epoch(recipe, device, folder) -> tuple:
+    "The metrics of an epoch of any method, and the weights of the LoRA"
+    kind = method_settings(recipe)
+    known = {f.name for f in fields(kind)}
+    sizes = dict(pairs_per_epoch=4, pairs_per_update=4, micro_batch=4, min_count=1, buffer_size=32, num_steps=2)
+    sizes |= dict(recipe=recipe, reward="shapes_aesthetic", epochs=1, eval_samples=0, output_dir=folder)
+    config = resolve(kind(**{name: value for name, value in sizes.items() if name in known}))
+    policy = load_policy("tiny", device=device)
+    trainer = method_trainer(recipe)(policy, config.reward, config.prompts, config, callbacks=[])
+    trainer.train()
+    weights = torch.cat([weight.detach().flatten().cpu() for weight in trainer.parameters])
+    return read_jsonl(f"{folder}/metrics.jsonl")[0], weights
+
+
+def recipes_part(given):
+    "Every method here against the CPU, from the same samples on; in float32, convolutions too"
+    torch.backends.cudnn.allow_tf32 = False
+    for recipe in recipes:
+        row = dict(row=recipe)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                wanted, weights = one_epoch(recipe, "cpu", f"{folder}/cpu")
+                found, here_weights = one_epoch(recipe, given.device, f"{folder}/here")
+            for metric in (name for name in compared if wanted.get(name) is not None):
+                row[metric] = abs(found[metric] - wanted[metric]) / max(abs(wanted[metric]), 1e-3)
+            row["weights"] = ((here_weights - weights).norm() / weights.norm()).item()
+        except Exception as error:  # one that fails leaves the others
+            traceback.print_exc()
+            row["not_measured"] = f"it failed: {first_line(error)}"
+        yield row
+
+
+def demo_part(given):
+    "In a process of its own, as a user starts it"
+    words = ("--epochs", "1", "--eval_samples", "4") if given.small else ()
+    found = demo.run(0, words=words)
+    table, halves = found["evaluation"], ("seconds/sample", "seconds/reward", "seconds/train")
+    gains = {
+        f"gain at {T}": gain / std
+        for T, gain, std in zip(table["steps"], table["gain"]["mean"], table["before"]["std"])
+    }
+    row = dict(
+        row="sdpo-train tiny",
+        seconds=found["seconds"],
+        training=sum(line[half] for line in found["metrics"] for half in halves),
+    )
+    yield row | dict(
+        shares=gains, agreement_lost=max(map(float.__sub__, table["agreement"]["before"], table["agreement"]["after"]))
+    )
 
 
 @contextmanager
@@ -417,17 +632,22 @@ def sync_part(given):
 # --- parts, limits, goals ------------------------------------------------------------------------
 
 parts = {  # name -> what it does, and its seconds at most on an H200-class GPU
-    "machine": (machine_part, 30),
-    "sd_turbo": (model_part("sd_turbo"), 90),
+    "machine": (machine_part, 20),
     "reference": (reference_part, 45),
-    "sync": (sync_part, 35),
-    "resume": (resume_part, 35),
-    "embedded": (embedded_part, 35),
-    "options": (options_part, 130),
-    "worker": (worker_part, 40),
-    "sdxl_turbo": (model_part("sdxl_turbo"), 60),
-    "flow": (model_part("sd35_turbo", 4), 65),
-    "sana": (model_part("sana_sprint", 16), 35),
+    "sd_turbo": (model_part("sd_turbo"), 70),
+    "resume": (resume_part, 20),
+    "sdxl_turbo": (model_part("sdxl_turbo", 16), 45),
+    "flow": (model_part("sd35_turbo", 4), 50),
+    "sync": (sync_part, 20),
+    "embedded": (embedded_part, 15),
+    "recipes": (recipes_part, 40),
+    "kernels": (kernels_part, 20),
+    "network": (network_part, 60),
+    "decoder": (decoder_part, 45),
+    "options": (options_part, 60),
+    "demo": (demo_part, 35),
+    "sana": (model_part("sana_sprint", 16), 25),
+    "worker": (worker_part, 30),
 }  # together not more than ten minutes
 
 
@@ -478,11 +698,28 @@ def rows_of(receiver, process, limit):
             yield dict(row="the rest", not_measured=f"its process ended with {process.exitcode}")
 
 
+@cache
+def processes(device):
+    "How the processes of the parts are started: none imports everything anew, and none inherits a GPU that is in use"
+    if not hasattr(os, "fork"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
+    probe = context.Process(target=lambda: os._exit(device != "cpu" and torch.cuda._is_in_bad_fork()))
+    probe.start()
+    probe.join()
+    if probe.exitcode == 0:
+        return context
+    # a server that has imported everything and never looked for a GPU; it finds this module by the environment
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Path(__file__).stem])
+    return context
+
+
 def execute(name, given, limit) -> dict:
     "Run a part in a process of its own, for `limit` seconds at most; what it found before is kept"
     started, rows, machine = time.perf_counter(), [], None
-    # a forked process needs no imports, but a GPU cannot be used in one
-    context = multiprocessing.get_context("fork" if given.device == "cpu" and hasattr(os, "fork") else "spawn")
+    context = processes(given.device)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=perform, args=(name, given, sender))
     process.start()
@@ -547,7 +784,10 @@ goals = [
     ),
     Goal("the host waits inside the loops (times)", 0, total_waits, at_least=False),
     Goal(
-        "a resumed run's weights differ by", 0, best("resume", "largest_difference", row="stopped and resumed"), False
+        "deterministic: a resumed run's weights differ by",
+        0,
+        best("resume", "largest_difference", row="stopped and resumed, deterministic"),
+        False,
     ),
 ]
 
@@ -580,9 +820,8 @@ def arguments(words=None):
     parser.add_argument("--small", action="store_true", help="narrow models and few sizes: a rehearsal")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts), help="only these")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(parts))
-    parser.add_argument(
-        "--micro_batch", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="pairs in a pass, in bf16"
-    )
+    parser.add_argument("--micro_batch", type=int, nargs="+", default=[1, 4, 16, 32], help="pairs in a pass, in bf16")
+    parser.add_argument("--options", nargs="+", default=list(options.options), choices=list(options.options))
     parser.add_argument("--limit", type=float, default=None, help="seconds in all: 600 times the slack")
     parser.add_argument("--slack", type=float, default=None, help="times the parts' limits: 1, or 4 of a rehearsal")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file; without it in benchmarks/results")
@@ -600,9 +839,27 @@ def arguments(words=None):
     return given
 
 
+def earlier(given) -> dict:
+    "Parts that a call for the same device has measured before, by name"
+    if not given.output.is_file():
+        return {}
+    known = read_json(given.output)
+    alike = (known["device"], known["small"]) == (given.device, given.small)
+    return {name: part for name, part in known["parts"].items() if alike and "machine" in part}
+
+
+def merged(part, before):
+    "Rows that were measured before stay, unless they are measured again"
+    if before is None or "machine" not in part:
+        return before or part
+    rows = {row["row"]: row for row in before["rows"] if "not_measured" not in row}
+    again = {row["row"]: row for row in part["rows"] if row["row"] not in rows or "not_measured" not in row}
+    return part | dict(rows=[*(rows | again).values()])
+
+
 def main(words=None):
     given, started = arguments(words), time.perf_counter()
-    results, told = {}, dict(device=given.device, small=given.small, versions=versions())
+    results, before, told = {}, earlier(given), dict(device=given.device, small=given.small, versions=versions())
     for name, (_, limit) in parts.items():
         left = given.limit - (time.perf_counter() - started)
         if name not in given.parts or name in given.skip:
@@ -611,7 +868,8 @@ def main(words=None):
             results[name] = dict(rows=[dict(row=name, not_measured=f"out of the {given.limit:.0f} seconds in all")])
         else:
             results[name] = execute(name, given, min(limit * given.slack, left))
-            told["machine"] = results[name].pop("machine") or told.get("machine")
+            told["machine"] = results[name]["machine"] or told.get("machine")
+        results[name] = merged(results[name], before.get(name))
         told |= dict(seconds=time.perf_counter() - started, parts=results, goals=judged(results, given))
         write_json(given.output, told)
     print(f"\n{'goal on an H200-class GPU':<58}{'wanted':>10}{'measured':>16}")

@@ -159,6 +159,8 @@ def graph_sampling(policy):
     policy.denoise = denoise
 
 
+few = dict(pairs_per_epoch=4, pairs_per_update=4, micro_batch=4)  # so few that a GPU waits for the host
+
 options = {
     "fused AdamW": Option(trainer=fuse_optimizer),
     "channels last": Option(policy=lambda policy: policy.denoiser.to(memory_format=torch.channels_last)),
@@ -167,7 +169,7 @@ options = {
     "sampling batch four times as large": Option(settings=dict(sampling_batch=4), both=dict(micro_batch=1)),
     "gradient checkpointing": Option(settings=dict(gradient_checkpointing=True)),
     "TF32": Option(around=tf32, precision="fp32", gpu_only=True),
-    "CUDA graph while sampling": Option(policy=graph_sampling, gpu_only=True),
+    "CUDA graph while sampling": Option(policy=graph_sampling, both=few, gpu_only=True),
     "repeated blocks compiled": Option(policy=compile_repeated, cpu_only=True),
     "whole denoiser compiled": Option(policy=compile_whole, cpu_only=True),
     "blocks compiled": Option(policy=compile_blocks),  # the last one: it takes the longest

@@ -136,20 +136,16 @@ def operations(work, *arguments):
     return counter.get_total_flops(), found
 
 
-def counted(trainer, seconds, rate) -> dict:
-    "Operations of both halves of an epoch, and what of the machine's best rate the network reached in its seconds"
+def counted(trainer) -> dict:
+    "Operations of both halves of an epoch, and of scoring, which the first half contains"
     sampling, rollout = operations(first_half, trainer, 1000)
     training, _ = operations(second_half, trainer, rollout)
     scoring, _ = operations(trainer.score, rollout)
-    reached = {
-        "sampling": (sampling - scoring) / (seconds["unet, sampling"] * rate),
-        "training": training / (seconds["unet, training"] * rate),
-    }
-    return {"flops": {"rollout": sampling, "update": training}, "matrix_flops_per_second": rate, "of_peak": reached}
+    return {"rollout": sampling, "update": training, "scoring": scoring}
 
 
-def measure(policy, config, epochs, rate) -> dict:
-    "One row"
+def measure(policy, config, epochs, rate, flops=None) -> dict:
+    "One row; `flops` as `counted` gives them, if they are known"
     trainer, device = Trainer(policy, config.reward, config.prompts, config, callbacks=[]), policy.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -160,7 +156,11 @@ def measure(policy, config, epochs, rate) -> dict:
         started = now(device)
         rollout = epoch(trainer, clock)
         whole = now(device) - started
-    shares = {name: clock.seconds.get(name, 0.0) / whole for name in parts}
+    shares, flops = {name: clock.seconds.get(name, 0.0) / whole for name in parts}, flops or counted(trainer)
+    reached = {
+        "sampling": (flops["rollout"] - flops["scoring"]) / (clock.seconds["unet, sampling"] * rate),
+        "training": flops["update"] / (clock.seconds["unet, training"] * rate),
+    }
     trajectories = rollout.log_prob.shape[0] * rollout.log_prob.shape[1]
     trained = trajectories * len(trainer.trained_steps)
     return {
@@ -172,7 +172,9 @@ def measure(policy, config, epochs, rate) -> dict:
         "shares": shares | {"everything else": 1 - sum(shares.values())},
         "peak_memory_gb": memory,
         "optimizer_steps_per_epoch": trainer.counts["optimizer_steps"] / trainer.counts["epoch"],
-        **counted(trainer, clock.seconds, rate),
+        "flops": flops,
+        "matrix_flops_per_second": rate,
+        "of_peak": reached,
     }
 
 
