@@ -208,12 +208,13 @@ def load_small_vae(
     return vae.to(policy.device, policy.dtype).requires_grad_(False).eval()
 
 # %% ../nbs/07_pipelines.ipynb #c5f77e01
+def _restore_order(module, given, hidden):  # a forward hook; by name, so that an autoencoder can be pickled
+    return hidden.contiguous() if hidden.is_cuda else hidden
+
+
 def contiguous_decoder(vae):  # an autoencoder; comes back
     "On a GPU, restore the order in memory behind the attention in the middle of the decoder"
-
-    def restore(module, given, hidden):
-        return hidden.contiguous() if hidden.is_cuda else hidden
-
-    if middle := getattr(getattr(vae, "decoder", None), "mid_block", None):
-        middle.register_forward_hook(restore)
+    middle = getattr(getattr(vae, "decoder", None), "mid_block", None)
+    if middle is not None and _restore_order not in middle._forward_hooks.values():
+        middle.register_forward_hook(_restore_order)
     return vae
