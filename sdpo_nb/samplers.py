@@ -1,4 +1,4 @@
-"""A noise schedule, the meaning of the network's output, and the amount of fresh noise: samplers differ in these three things and in nothing else.
+"""A noise schedule, the meaning of the network's output, and the amount of fresh noise: these three things determine the sampler of each family here.
 
 Docs: https://sdpo-nb.github.io/sdpo_nb/samplers.html.md"""
 
