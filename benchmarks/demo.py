@@ -2,6 +2,7 @@
 
     python benchmarks/demo.py              # seeds 10, 11, 12: benchmarks/results/demo/, and the README's picture
     python benchmarks/demo.py --seeds 1 2
+    python benchmarks/demo.py --preset tiny_flow   # the same for the flow model: benchmarks/results/flow/demo/
     python benchmarks/demo.py --trials     # how the KL penalty was chosen: benchmarks/results/tuning/demo.jsonl
     python benchmarks/demo.py --base       # the copy of the evaluation before that comes with the package
 
@@ -28,7 +29,8 @@ from sdpo_nb.models import load_policy
 from sdpo_nb.run import Callback
 from sdpo_nb.trainer import Trainer
 
-results, tried = (Path(__file__).parent / "results" / name for name in ("demo", "tuning/demo.jsonl"))
+here = Path(__file__).parent / "results"
+results, tried = {"tiny": here / "demo", "tiny_flow": here / "flow" / "demo"}, here / "tuning" / "demo.jsonl"
 trials = (  # what is changed in the preset; seeds, which are not reported; when to measure
     ({"kl_coefficient": 0.0}, (101,), (18, 22, 25, 28)),
     ({"kl_coefficient": 0.0}, (102,), (18, 22)),
@@ -75,11 +77,11 @@ def evaluations(evaluation: dict, counts: dict) -> list:
     ]
 
 
-def run(seed: int, picture: Path = None, words=()) -> dict:
-    "One `sdpo-train tiny`, with more `words`, in its own process: settings, versions, machine, times, log, evaluation."
+def run(seed: int, picture: Path = None, words=(), preset="tiny") -> dict:
+    "One `sdpo-train` of a preset, with more `words`, by itself: settings, versions, machine, times, log, evaluation."
     with tempfile.TemporaryDirectory() as folder:
         started, used = time.perf_counter(), cpu_seconds()
-        words = ["tiny", "--seed", str(seed), "--output_dir", f"{folder}/run", *words]
+        words = [preset, "--seed", str(seed), "--output_dir", f"{folder}/run", *words]
         command = [sys.executable, "-c", "from sdpo_nb.cli import train_command; train_command()", *words]
         subprocess.run(command, check=True)
         seconds, used = time.perf_counter() - started, cpu_seconds() - used
@@ -87,7 +89,7 @@ def run(seed: int, picture: Path = None, words=()) -> dict:
         evaluation = read_json(f"{folder}/run/evaluation.json")
         if picture:
             shutil.copy(f"{folder}/run/pictures/step_grid.png", picture)
-    config = asdict(resolve(preset_config("tiny", seed=seed)))
+    config = asdict(resolve(preset_config(preset, seed=seed)))
     counts = {name: metrics[-1][name] for name in ("samples", "reward_queries", "optimizer_steps")}
     return {
         "recipe": config["recipe"],
@@ -152,15 +154,16 @@ def try_settings():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--preset", default="tiny", choices=list(results))
     parser.add_argument("--base", action="store_true", help="evaluate the model before training, and nothing else")
     parser.add_argument("--trials", action="store_true", help="the trials behind the preset, and nothing else")
     given = parser.parse_args()
     if given.base or given.trials:
         return keep_base() if given.base else try_settings()
     for number, seed in enumerate(given.seeds):
-        path = results / f"seed_{seed}.json"
+        path, first = results[given.preset] / f"seed_{seed}.json", given.preset == "tiny" and number == 0
         if not path.is_file():
-            write_json(path, run(seed, None if number else picture))
+            write_json(path, run(seed, picture if first else None, preset=given.preset))
         print(summary(seed, read_json(path)))
 
 

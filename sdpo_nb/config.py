@@ -422,7 +422,7 @@ presets = {  # name -> what differs from the defaults of TrainConfig
     },
 }
 presets["tiny_flow"] = presets["tiny"] | dict(policy="tiny_flow", output_dir="runs/tiny_flow")
-presets["tiny_flow"] |= dict(pairs_per_update=8, kl_coefficient=0.005)
+presets["tiny_flow"] |= dict(pairs_per_update=4, learning_rate=1e-3, epochs=40, kl_coefficient=0.005)
 
 # %% ../nbs/23_config.ipynb #e4303690
 def preset_config(
