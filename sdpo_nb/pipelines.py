@@ -209,7 +209,7 @@ def load_small_vae(
 
 # %% ../nbs/07_pipelines.ipynb #c5f77e01
 def _restore_order(module, given, hidden):  # a forward hook; by name, so that an autoencoder can be pickled
-    return hidden.contiguous() if hidden.is_cuda else hidden
+    return hidden.contiguous() if torch.is_tensor(hidden) and hidden.is_cuda else hidden
 
 
 def contiguous_decoder(vae):  # an autoencoder; comes back

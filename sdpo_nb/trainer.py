@@ -54,7 +54,7 @@ class Trainer(Run):
 
     def begin_epoch(self):
         "Reset the counts of an epoch, free the memory of the last rollout, and choose the number of steps"
-        self.last_rollout, self.logs, self.norms = None, [], []
+        self.last_rollout, self.scheduled, self.logs, self.norms = None, None, [], []
         self.log_ratio = dict(max_before_update=0.0, recomputed=0)
         self.use_steps(self.epoch_steps())
 
@@ -281,11 +281,11 @@ def schedule(self: Trainer, rollout: Rollout) -> list:  # of Minibatch
 @patch
 def minibatches(self: Trainer, rollout: Rollout):  # yields a `Minibatch` for each optimiser step
     "What the updates of an epoch learn from; coefficients are those of the policy at that moment"
-    minibatches = placed(self.schedule(rollout), rollout.log_prob.device)
+    self.scheduled = placed(self.schedule(rollout), rollout.log_prob.device)
     if self.objective.reference:
         with self.policy.without_lora():
-            rollout.reference_log_prob = self.all_log_probs(rollout, minibatches)
-    for minibatch in minibatches:
+            rollout.reference_log_prob = self.all_log_probs(rollout, self.scheduled)
+    for minibatch in self.scheduled:
         yield self.with_coefficients(rollout, minibatch) if self.objective.trajectories else minibatch
 
 # %% ../nbs/26_trainer.ipynb #ad6e14aa
@@ -315,7 +315,7 @@ def all_log_probs(self: Trainer, rollout: Rollout, minibatches=None) -> torch.Te
     minibatches = minibatches or placed(self.schedule(rollout), rollout.log_prob.device)
     log_prob, parts = rollout.log_prob.clone(), [part for m in minibatches for part in m.split(self.micro_batch)]
     with self.policy.gathered():
-        for groups, steps in parts:
+        for groups, steps in reversed(parts):  # of transitions that are trained twice, the first place counts
             log_prob[:, groups, steps] = self.action_log_prob(rollout, (groups, steps))[0]
     return log_prob
 
@@ -336,9 +336,9 @@ def check_log_ratio(self: Trainer, rollout: Rollout, part: Minibatch, log_prob: 
         ratio = log_prob.detach() - rollout.log_prob[:, part.group, part.step]
         return self.accelerator.gather((self.scales[part.step] * ratio).abs().max()).max().item()
 
-    found = largest()
-    if found > self.log_ratio_bound() and not self.log_ratio["recomputed"]:
-        rollout.log_prob, self.log_ratio["recomputed"] = self.all_log_probs(rollout), 1
+    found, repaired = largest(), self.log_ratio["recomputed"] or self.objective.reference  # which takes their place
+    if found > self.log_ratio_bound() and not repaired:
+        rollout.log_prob, self.log_ratio["recomputed"] = self.all_log_probs(rollout, self.scheduled), 1
         found = largest()
     self.log_ratio["max_before_update"] = max(found, self.log_ratio["max_before_update"])
 
