@@ -67,7 +67,7 @@ from halves import first_half, machine, second_half, updates
 from random_models import full_width, kinds
 from throughput import now
 
-from sdpo_nb.config import TrainConfig, resolve
+from sdpo_nb.config import TrainConfig, presets, resolve
 from sdpo_nb.files import read_json, read_jsonl, versions, write_json
 from sdpo_nb.hub import quiet_loading
 from sdpo_nb.models import load_policy, policy_classes, precisions
@@ -192,7 +192,8 @@ def model_row(policy, kind, config, rate, flops, given) -> tuple:
     pairs, cuda = config.micro_batch, policy.device.type == "cuda"
     policy.embed(load_prompts(config.prompts))  # large text encoders would come to the GPU for every new prompt
     found = throughput.measure(policy, config, 1, rate, flops and {half: pairs * flops[half] for half in flops})
-    sized = replace(config, policy=hub_ids.get(kind, kind), pairs_per_epoch=pairs, size=512)
+    known = hub_ids | {name: presets[f"{name}_pickscore"]["policy"] for name in ("sd35_turbo", "sana_sprint")}
+    sized = replace(config, policy=known.get(kind, kind), pairs_per_epoch=pairs, size=512)
     estimate = None if given.small else memory_estimate(sized).get("in all, estimated")
     shares = {name.replace(", ", " "): share for name, share in found["shares"].items()}
     row = dict(sampling_steps_per_second=found["sampled_steps_per_second"], micro_batch=pairs)
@@ -259,10 +260,13 @@ def profiled(work, device) -> dict:
     busy, kinds = sum(spent.values()), {}
     for kernel, time_ in spent.items():
         kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + time_ / busy
-    largest = sorted(spent, key=spent.get, reverse=True)[:10]
+    names = {}
+    for kernel, time_ in spent.items():
+        names[kernel[:90]] = names.get(kernel[:90], 0.0) + time_ / busy
+    largest = sorted(names, key=names.get, reverse=True)[:10]
     shares = {kind: kinds[kind] for kind in sorted(kinds, key=kinds.get, reverse=True)}
     return dict(
-        seconds=seconds, busy=busy / 1e6 / seconds, shares=shares, largest={k[:90]: spent[k] / busy for k in largest}
+        seconds=seconds, busy=busy / 1e6 / seconds, shares=shares, largest={kernel: names[kernel] for kernel in largest}
     )
 
 
@@ -491,9 +495,9 @@ def resume_part(given):
             run(f"{folder}/c", epochs=1)
             resumed_lines, resumed = run(f"{folder}/c", resume=True)
         same = all(a[name] == b[name] for a, b in zip(lines, resumed_lines) for name in compared)
-        apart = [(other - weights).abs().max().item() for other in (again, resumed)]
-        yield dict(row=f"the same run twice{kernels}", largest_difference=apart[0], exact=apart[0] == 0)
-        row = dict(largest_difference=apart[1], exact=apart[1] == 0, same_metrics=same)
+        differences = [(other - weights).abs().max().item() for other in (again, resumed)]
+        yield dict(row=f"the same run twice{kernels}", largest_difference=differences[0], exact=differences[0] == 0)
+        row = dict(largest_difference=differences[1], exact=differences[1] == 0, same_metrics=same)
         yield dict(row=f"stopped and resumed{kernels}", **row)
 
 
@@ -836,30 +840,45 @@ def arguments(words=None):
         parser.error("--device cpu would take hours at full size; add --small.")
     if given.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device is {given.device!r}, but torch sees no GPU here; use --device cpu --small.")
+    try:
+        given.before = earlier(given)
+    except ValueError as problem:
+        parser.error(str(problem))
     return given
 
 
 def earlier(given) -> dict:
-    "Parts that a call for the same device has measured before, by name"
-    if not given.output.is_file():
+    "Parts that an earlier call has measured, by name. Raises ValueError for a file of something else"
+    if not given.output.exists():
         return {}
-    known = read_json(given.output)
-    alike = (known["device"], known["small"]) == (given.device, given.small)
-    return {name: part for name, part in known["parts"].items() if alike and "machine" in part}
+    known = read_json(given.output) if given.output.is_file() else None
+    if not isinstance(known, dict) or not isinstance(known.get("parts"), dict):
+        raise ValueError(f"--output is {str(given.output)!r}, which no GPU check has written; name another file.")
+    if (str(known.get("device"))[:4], known.get("small")) != (given.device[:4], given.small):
+        raise ValueError(f"--output is {str(given.output)!r}, which holds rows of another device; name another file.")
+    return {name: part for name, part in known["parts"].items() if part.get("machine")}
 
 
 def merged(part, before):
-    "Rows that were measured before stay, unless they are measured again"
+    "Rows that were measured before on this machine stay, unless they are measured again"
     if before is None or "machine" not in part:
         return before or part
+    if before["machine"] != part["machine"]:
+        return part
     rows = {row["row"]: row for row in before["rows"] if "not_measured" not in row}
     again = {row["row"]: row for row in part["rows"] if row["row"] not in rows or "not_measured" not in row}
     return part | dict(rows=[*(rows | again).values()])
 
 
+def of_one_machine(results, machine) -> dict:
+    "Without what an earlier call has measured on another machine"
+    strange = [name for name, part in results.items() if machine and part.get("machine", machine) != machine]
+    return results | {name: dict(rows=[dict(row=name, not_measured="skipped")]) for name in strange}
+
+
 def main(words=None):
     given, started = arguments(words), time.perf_counter()
-    results, before, told = {}, earlier(given), dict(device=given.device, small=given.small, versions=versions())
+    results, before, told = {}, given.before, dict(device=given.device, small=given.small, versions=versions())
     for name, (_, limit) in parts.items():
         left = given.limit - (time.perf_counter() - started)
         if name not in given.parts or name in given.skip:
@@ -870,7 +889,8 @@ def main(words=None):
             results[name] = execute(name, given, min(limit * given.slack, left))
             told["machine"] = results[name]["machine"] or told.get("machine")
         results[name] = merged(results[name], before.get(name))
-        told |= dict(seconds=time.perf_counter() - started, parts=results, goals=judged(results, given))
+        found = of_one_machine(results, told.get("machine"))
+        told |= dict(seconds=time.perf_counter() - started, parts=found, goals=judged(found, given))
         write_json(given.output, told)
     print(f"\n{'goal on an H200-class GPU':<58}{'wanted':>10}{'measured':>16}")
     for goal in read_json(given.output)["goals"]:

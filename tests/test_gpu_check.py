@@ -63,6 +63,35 @@ def test_the_limit_of_all_parts_counts(monkeypatch, tmp_path):
     assert rows(tmp_path)[1]["quick"][0]["not_measured"] == "out of the 1 seconds in all"
 
 
+def test_rows_of_an_earlier_call_stay_on_the_same_machine(monkeypatch, tmp_path):
+    def changing(given):
+        yield dict(row="one", seconds=2.0)
+        yield dict(row="two", not_measured="no time")
+
+    use(monkeypatch, quick=quick, other=quick)
+    gpu_check.main(rehearsal(tmp_path))
+    use(monkeypatch, quick=changing, other=quick)
+    gpu_check.main(rehearsal(tmp_path, "--parts", "quick"))
+    again = dict(row="two", not_measured="no time")
+    assert rows(tmp_path)[1] == dict(quick=[dict(row="one", seconds=2.0), again], other=[dict(row="one", seconds=1.0)])
+    found = json.loads((tmp_path / "check.json").read_text())
+    found["parts"]["other"]["machine"]["device"] = "another GPU"
+    found["parts"]["quick"]["machine"]["device"] = "another GPU"
+    (tmp_path / "check.json").write_text(json.dumps(found))
+    gpu_check.main(rehearsal(tmp_path, "--parts", "quick"))
+    assert rows(tmp_path)[1]["other"][0]["not_measured"] == "skipped"
+    assert rows(tmp_path)[1]["quick"] == [dict(row="one", seconds=2.0), again]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"a": 1}', "{", '{"device": "cuda", "small": true, "parts": {}}', None])
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, text):
+    path = tmp_path / "check.json"
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(SystemExit):
+        gpu_check.main(rehearsal(tmp_path))
+    assert "check.json" in capsys.readouterr().err and (text is None or path.read_text() == text)
+
+
 def test_goals_are_read_from_the_rows():
     given = gpu_check.arguments(["--device", "cpu", "--small"])
     given.device, given.small = "cuda", False
