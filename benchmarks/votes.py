@@ -1,6 +1,6 @@
 """Evidence for rewards that are learnt from votes, with simulated voters whose taste is known.
 
-    python benchmarks/votes.py                      # everything -> results/votes/accuracy.jsonl and align.jsonl
+    python benchmarks/votes.py                      # everything -> accuracy, align and gain.jsonl in results/votes/
     python benchmarks/votes.py --groups accuracy --seeds 7
     python benchmarks/votes.py --check              # is everything there, and does a part come out the same again?
 
@@ -9,6 +9,10 @@ accuracy  10 to 200 votes, wrong clicks 0, 10 and 25 %, random and active pairs:
 align     50 votes (10 % wrong), then the `tiny` preset with the learnt reward alone; then as long again, once with the
           same reward and once with a reward that was fitted again after 50 more votes on the aligned model's pictures;
           and the taste itself as the reward. Gains in the true taste at every step count. Eight minutes a seed.
+gain      How that first training depends on the votes, one thing at a time: 10 or 200 votes, no wrong clicks or 25 % of
+          them, random pairs only. Pictures, clicks and training have the seeds of `align`, so a line can be compared
+          with the first stage of `align`. A fit that would be refused is forced; `doubt` says why. Fifteen minutes a
+          seed, and two seeds so far; `--groups gain --seeds 3 4 5` adds the others.
 
 What is there already is left alone, so an interrupted call goes on where it stopped.
 """
@@ -37,9 +41,14 @@ from sdpo_nb.taste import get_features, held_out_margins, l2_candidates, measure
 from sdpo_nb.trainer import Trainer
 
 results = Path(__file__).parent / "results" / "votes"
+groups = dict(accuracy=(1, 2, 3, 4, 5), align=(1, 2, 3, 4, 5), gain=(1, 2))  # seeds of the committed lines
 tastes = ("shapes_aesthetic", "shapes_size", "shapes_warmth")
 noises, counts = (0.0, 0.1, 0.25), (10, 20, 30, 50, 100, 200)
 prompts = list(prompt_lists["shapes_open"])
+random_shares = {"mixed": 1 / 3, "random": 1.0}  # of the pairs to vote on; the others are chosen
+centre = dict(votes=50, noise=0.1, how="mixed")  # what `align` votes with
+around = [centre | change for change in (dict(votes=10), dict(votes=200), dict(noise=0.0), dict(noise=0.25))]
+around.append(centre | dict(how="random"))
 pool, unseen = 48, 40  # pictures of a prompt to vote on, and to measure with
 machine = {"processor": platform.machine(), "system": platform.system()}
 
@@ -139,9 +148,9 @@ def start() -> dict:
     return measure(load_policy("tiny", device="cpu")) | {"spread": spread}
 
 
-def train(policy, reward, learnt, taste, folder, seed) -> dict:
-    "One training with the settings of the `tiny` preset, fresh votes every seven epochs, and the evaluation"
-    began, watch = time.process_time(), [FreshVotes(learnt, SimulatedVoter(taste), every=7)] if learnt else []
+def train(policy, reward, learnt, taste, folder, seed, every=7) -> dict:
+    "One training with the settings of the `tiny` preset, fresh votes now and then, and the evaluation"
+    began, watch = time.process_time(), [FreshVotes(learnt, SimulatedVoter(taste), every)] if learnt else []
     changes = dict(reward=reward, seed=seed, eval_samples=0, checkpoint_every=1000, output_dir=str(folder))
     config = preset_config("tiny", **changes)
     Trainer(policy, config.reward, config.prompts, config, watch).train()
@@ -150,11 +159,11 @@ def train(policy, reward, learnt, taste, folder, seed) -> dict:
     return found | dict(cpu_seconds=round(time.process_time() - began, 1))
 
 
-def learn(policy, taste, votes, seed, folder):
-    "More votes, ten per cent of them wrong clicks, into a folder, and a reward from all that are there"
-    ballot = Ballot(policy, folder, prompts, seed=seed)
+def learn(policy, taste, seed, folder, votes, noise=0.1, how="mixed"):
+    "More votes, a share `noise` of them wrong clicks, into a folder, and a reward from all that are there"
+    ballot = Ballot(policy, folder, prompts, random_share=random_shares[how], seed=seed)
     first = len(ballot.votes)
-    cast_votes(ballot, SimulatedVoter(taste, 0.1, seed=f"{seed} {first}"), votes)
+    cast_votes(ballot, SimulatedVoter(taste, noise, seed=f"{seed} {first}"), votes)
     with warnings.catch_warnings(action="ignore"):
         return train_taste(folder, force=True)
 
@@ -164,20 +173,34 @@ def told(learnt) -> dict:
     return {name: learnt.facts[name] for name in ("votes", "accuracy", "interval", "l2", "doubt", "loss")}
 
 
+def first_round(place, taste, seed, votes=50, noise=0.1, how="mixed", every=7) -> tuple:
+    "Votes on the model as it is, and a training; the reward, and what was found"
+    policy = load_policy("tiny", device="cpu")
+    learnt = learn(policy, taste, seed, place / "votes", votes, noise, how)
+    return learnt, told(learnt) | train(policy, learnt.name, learnt, taste, place / "first", seed, every)
+
+
 def align(taste, seed) -> dict:
     "Fifty votes and a training; then on with the same reward, or with one that was fitted again after fifty more"
     with tempfile.TemporaryDirectory() as place:
-        place, policy, stages = Path(place), load_policy("tiny", device="cpu"), {}
-        first = learn(policy, taste, 50, seed, place / "votes")
-        stages["first"] = told(first) | train(policy, first.name, first, taste, place / "first", seed)
+        place, stages = Path(place), {}
+        first, stages["first"] = first_round(place, taste, seed)
         (place / "second").mkdir()
         on = load_policy("tiny", device="cpu").load_lora(place / "first" / "lora")
         stages["same reward"] = told(first) | train(on, first.name, first, taste, place / "same", seed + 100)
         on = load_policy("tiny", device="cpu").load_lora(place / "first" / "lora")
-        second = learn(on, taste, 50, seed, place / "votes")
+        second = learn(on, taste, seed, place / "votes", 50)
         stages["voted again"] = told(second) | train(on, second.name, second, taste, place / "again", seed + 100)
         stages["taste itself"] = train(load_policy("tiny", device="cpu"), taste, None, taste, place / "true", seed)
     return dict(group="align", taste=taste, noise=0.1, seed=seed, start=start(), stages=stages, versions=versions())
+
+
+def gain(taste, seed, votes, noise, how) -> dict:
+    "The first round of `align` with other votes; fresh votes are asked for before and after it only"
+    with tempfile.TemporaryDirectory() as place:
+        _, found = first_round(Path(place), taste, seed, votes, noise, how, every=28)
+    line = dict(group="gain", taste=taste, noise=noise, votes=votes, how=how, seed=seed, start=start())
+    return line | dict(stages={"first": found}, versions=versions(), machine=machine)
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -186,12 +209,15 @@ def align(taste, seed) -> dict:
 def jobs(groups, seeds) -> list:
     "(group, what tells its line from others, how to make it), a seed after the other"
     found = []
-    for seed in seeds:
-        if "accuracy" in groups:
+    for seed in seeds or sorted({*sum(groups.values(), ())}):
+        wanted = [group for group, usual in groups.items() if seeds or seed in usual]
+        if "accuracy" in wanted:
             keys = [(t, n, h, seed) for n in noises for t in tastes for h in ("random", "active")]
             found += [("accuracy", dict(zip(("taste", "noise", "how", "seed"), key)), accuracy) for key in keys]
-        if "align" in groups:
+        if "align" in wanted:
             found += [("align", dict(taste=taste, seed=seed), align) for taste in tastes]
+        if "gain" in wanted:
+            found += [("gain", dict(taste=taste, seed=seed) | votes, gain) for votes in around for taste in tastes]
     return found
 
 
@@ -205,7 +231,7 @@ def check(groups, seeds):
     "Raise SystemExit where lines are missing, or where one does not come out the same again"
     if left := missing(groups, seeds):
         raise SystemExit(f"{len(left)} lines are missing, the first of them {left[0][:2]}")
-    for line in [line for line in known("accuracy") if line["seed"] == seeds[0] and not line["noise"]][:1]:
+    for line in [line for line in known("accuracy") if line["seed"] == (seeds or [1])[0] and not line["noise"]][:1]:
         again = accuracy(line["taste"], line["noise"], line["how"], line["seed"])["found"]
         for was, now in zip(line["found"], again):
             if not math.isclose(was["accuracy"], now["accuracy"], abs_tol=0.01):
@@ -217,13 +243,14 @@ def check(groups, seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", nargs="+", choices=("accuracy", "align"), default=["accuracy", "align"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--groups", nargs="+", choices=groups, default=[*groups])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the committed lines")
     parser.add_argument("--check", action="store_true", help="make nothing; is everything there?")
     arguments = parser.parse_args()
+    chosen = {group: groups[group] for group in arguments.groups}
     if arguments.check:
-        return check(arguments.groups, arguments.seeds)
-    for group, key, make in missing(arguments.groups, arguments.seeds):
+        return check(chosen, arguments.seeds)
+    for group, key, make in missing(chosen, arguments.seeds):
         append_jsonl(results / f"{group}.jsonl", shorten(make(**key)))
         print(group, key, flush=True)
 
