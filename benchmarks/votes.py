@@ -11,8 +11,7 @@ align     50 votes (10 % wrong), then the `tiny` preset with the learnt reward a
           and the taste itself as the reward. Gains in the true taste at every step count. Eight minutes a seed.
 gain      How that first training depends on the votes, one thing at a time: 10 or 200 votes, no wrong clicks or 25 % of
           them, random pairs only. Pictures, clicks and training have the seeds of `align`, so a line can be compared
-          with the first stage of `align`. A fit that would be refused is forced; `doubt` says why. Fifteen minutes a
-          seed, and two seeds so far; `--groups gain --seeds 3 4 5` adds the others.
+          with the first stage of `align`. A fit that would be refused is forced; `doubt` says why. A seed: 15 min.
 
 What is there already is left alone, so an interrupted call goes on where it stopped.
 """
@@ -41,7 +40,7 @@ from sdpo_nb.taste import get_features, held_out_margins, l2_candidates, measure
 from sdpo_nb.trainer import Trainer
 
 results = Path(__file__).parent / "results" / "votes"
-groups = dict(accuracy=(1, 2, 3, 4, 5), align=(1, 2, 3, 4, 5), gain=(1, 2))  # seeds of the committed lines
+groups = ["accuracy", "align", "gain"]
 tastes = ("shapes_aesthetic", "shapes_size", "shapes_warmth")
 noises, counts = (0.0, 0.1, 0.25), (10, 20, 30, 50, 100, 200)
 prompts = list(prompt_lists["shapes_open"])
@@ -209,14 +208,13 @@ def gain(taste, seed, votes, noise, how) -> dict:
 def jobs(groups, seeds) -> list:
     "(group, what tells its line from others, how to make it), a seed after the other"
     found = []
-    for seed in seeds or sorted({*sum(groups.values(), ())}):
-        wanted = [group for group, usual in groups.items() if seeds or seed in usual]
-        if "accuracy" in wanted:
+    for seed in seeds:
+        if "accuracy" in groups:
             keys = [(t, n, h, seed) for n in noises for t in tastes for h in ("random", "active")]
             found += [("accuracy", dict(zip(("taste", "noise", "how", "seed"), key)), accuracy) for key in keys]
-        if "align" in wanted:
+        if "align" in groups:
             found += [("align", dict(taste=taste, seed=seed), align) for taste in tastes]
-        if "gain" in wanted:
+        if "gain" in groups:
             found += [("gain", dict(taste=taste, seed=seed) | votes, gain) for votes in around for taste in tastes]
     return found
 
@@ -231,7 +229,7 @@ def check(groups, seeds):
     "Raise SystemExit where lines are missing, or where one does not come out the same again"
     if left := missing(groups, seeds):
         raise SystemExit(f"{len(left)} lines are missing, the first of them {left[0][:2]}")
-    for line in [line for line in known("accuracy") if line["seed"] == (seeds or [1])[0] and not line["noise"]][:1]:
+    for line in [line for line in known("accuracy") if line["seed"] == seeds[0] and not line["noise"]][:1]:
         again = accuracy(line["taste"], line["noise"], line["how"], line["seed"])["found"]
         for was, now in zip(line["found"], again):
             if not math.isclose(was["accuracy"], now["accuracy"], abs_tol=0.01):
@@ -243,14 +241,13 @@ def check(groups, seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", nargs="+", choices=groups, default=[*groups])
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the committed lines")
+    parser.add_argument("--groups", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--check", action="store_true", help="make nothing; is everything there?")
     arguments = parser.parse_args()
-    chosen = {group: groups[group] for group in arguments.groups}
     if arguments.check:
-        return check(chosen, arguments.seeds)
-    for group, key, make in missing(chosen, arguments.seeds):
+        return check(arguments.groups, arguments.seeds)
+    for group, key, make in missing(arguments.groups, arguments.seeds):
         append_jsonl(results / f"{group}.jsonl", shorten(make(**key)))
         print(group, key, flush=True)
 
