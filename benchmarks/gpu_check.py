@@ -302,20 +302,6 @@ def apart(one, other) -> float:
     return ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
 
 
-def graphed(work):
-    "A CUDA graph of some work, and what it leaves there"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = work()
-    return graph, output
-
-
 def network_part(given):
     "Calls of the UNet with an untrained LoRA"
     precision, sizes = ("fp32", (2, 4)) if given.small else ("bf16", (2, 8, 32))
@@ -342,7 +328,7 @@ def network_part(given):
             work = partial(call, everyone[:number])
             row = dict(row=f"{number} samples, {precision}", seconds=fastest(work, policy.device))
             if policy.device.type == "cuda":
-                graph, output = graphed(work)
+                graph, output = options.graphed(work)
                 row |= dict(graph_seconds=fastest(graph.replay, policy.device), graph_differs=apart(output, work()))
             yield row
         if policy.device.type == "cuda":  # on a CPU it takes minutes
@@ -387,11 +373,11 @@ def options_part(given):
     "Each entry of `options.options`, on and off in turn"
     pairs, rounds = (4, 1) if given.small else (16, 3)
     for name, option in options.options.items():
-        if option.cpu_only or name not in given.options:
+        if name not in given.options:
             continue
         precision = "fp32" if given.small else option.precision
         row = dict(row=f"{name}, {precision}")
-        slow = "on a CPU it compiles for minutes" if name == "blocks compiled" and given.small else ""
+        slow = "on a CPU it compiles for minutes" if name.endswith("compiled") and given.small else ""
         if reason := options.why_not(option, given.device) or slow:
             yield dict(row, not_measured=reason)
             continue

@@ -127,21 +127,23 @@ def fuse_while_sampling(trainer):
     trainer.sample = fused
 
 
+def graphed(work):
+    "A CUDA graph of some work, and what it leaves there"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = work()
+    return graph, output
+
+
 def graph_sampling(policy):
     "A CUDA graph of the network's call without a gradient, for each shape"
     plain, kept = policy.denoise, {}
-
-    def capture(given, kind):
-        call, side = lambda: plain(given[0], given[1], kind(*given[2:])), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = call()
-        return graph, given, output
 
     def denoise(latents, timestep, embedding):
         if torch.is_grad_enabled():
@@ -149,8 +151,9 @@ def graph_sampling(policy):
         given = [latents, timestep, *(getattr(embedding, f.name) for f in fields(embedding))]
         key = tuple(x.shape for x in given)
         if key not in kept:
-            kept[key] = capture([x.clone() for x in given], type(embedding))
-        graph, places, output = kept[key]
+            own, kind = [x.clone() for x in given], type(embedding)
+            kept[key] = own, *graphed(lambda: plain(*own[:2], kind(*own[2:])))
+        places, graph, output = kept[key]
         for place, value in zip(places, given):
             place.copy_(value)
         graph.replay()
