@@ -24,7 +24,7 @@ from transformers import Qwen2VLConfig, Qwen2VLModel, SiglipModel
 
 from .hub import build_network, complaint, explained, find_file, load_pretrained
 from .hub import load_tensors, load_tokenizer, local_path
-from .scorers import CosineScorer, Scorer
+from .scorers import CosineScorer, Scorer, _chosen_scale
 
 # %% ../nbs/59_scorers_2026.ipynb #d1d62d4e
 def _picture_settings(
@@ -69,10 +69,7 @@ class SigLIP2(CosineScorer):
         chunk: int = 16,  # pictures at a time
         device=None,  # None: wherever the pictures are
     ):
-        if scale not in ("cosine", "probability"):
-            problem = f"scale={scale!r} is not known: choose 'cosine' or 'probability'."
-            raise ValueError(f"reward 'siglip2', {problem}")
-        self.scale, asker = scale, "reward 'siglip2', model"
+        self.scale, asker = _chosen_scale("siglip2", scale, ("cosine", "probability")), "reward 'siglip2', model"
         network = load_pretrained(SiglipModel, model, asker, revision)
         words = load_tokenizer(AutoTokenizer, None, model, str(model), asker, revision)
         self.settings = _picture_settings(model, asker, revision)

@@ -26,6 +26,7 @@ from sdpo_nb.embedded import (
     taste,
     train_embedded,
 )
+from sdpo_nb.embedded_flow import embedded_flow_command, train_embedded_flow
 from sdpo_nb.evaluate import read_attributes
 from sdpo_nb.models import load_policy
 from sdpo_nb.samplers import make_sampler
@@ -139,17 +140,21 @@ def test_a_folder_keeps_to_its_recipe(tmp_path):
         (["--seed", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_the_command_refuses_bad_input_with_a_sentence(arguments, sentence, tmp_path, capsys):
+@pytest.mark.parametrize("command", [embedded_command, embedded_flow_command])
+def test_the_commands_refuse_bad_input_with_a_sentence(command, arguments, sentence, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        embedded_command([str(tmp_path / "new"), *arguments])
+        command([str(tmp_path / "new"), *arguments])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "trained, command", [(module.train_embedded, embedded_command), (train_embedded_flow, embedded_flow_command)]
+)
+def test_the_commands_train(trained, command, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "train_embedded", lambda **recipe: asked.append(recipe))
-    embedded_command([str(tmp_path), "--fraction", ".5", "--seed", "3"])
+    monkeypatch.setattr(f"{trained.__module__}.{trained.__name__}", lambda **recipe: asked.append(recipe))
+    command([str(tmp_path), "--fraction", ".5", "--seed", "3"])
     assert asked == [dict(folder=str(tmp_path), fraction=0.5, seed=3)]
 
 

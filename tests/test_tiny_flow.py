@@ -15,7 +15,6 @@ from sdpo_nb.embedded_flow import (
     build_flow_scheduler,
     build_transformer,
     describe,
-    embedded_flow_command,
     flow_states,
     shipped_parts,
     train_embedded_flow,
@@ -91,24 +90,6 @@ def test_states_are_those_of_a_consistency_step():
     assert torch.allclose(states, after, atol=1e-6) and torch.equal(velocity, noise - clean)
     states, velocity = flow_states(clean, start, torch.ones(2), noise)
     assert torch.allclose(states, start) and torch.allclose(sampler.predict(velocity, states, 0)[0], clean, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [(["--fraction", "0"], "fraction is 0.0; give a number above 0"), (["--seed", "-3"], "seed is -3; give a whole")],
-)
-def test_the_command_refuses_bad_input_with_a_sentence(arguments, sentence, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        embedded_flow_command([str(tmp_path / "new"), *arguments])
-    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_the_command_trains(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "train_embedded_flow", lambda **recipe: asked.append(recipe))
-    embedded_flow_command([str(tmp_path), "--fraction", ".5", "--seed", "3"])
-    assert asked == [dict(folder=str(tmp_path), fraction=0.5, seed=3)]
 
 
 @pytest.mark.slow
