@@ -312,7 +312,8 @@ def action_log_prob(
 @torch.no_grad()
 def all_log_probs(self: Trainer, rollout: Rollout, minibatches=None) -> torch.Tensor:  # `[K,B,T]`
     "Log-probabilities of all trained actions by the policy as it is now, in the batches in which the epoch trains them"
-    minibatches = minibatches or placed(self.schedule(rollout), rollout.log_prob.device)
+    if minibatches is None:
+        minibatches = placed(self.schedule(rollout), rollout.log_prob.device)
     log_prob, parts = rollout.log_prob.clone(), [part for m in minibatches for part in m.split(self.micro_batch)]
     with self.policy.gathered():
         for groups, steps in reversed(parts):  # of transitions that are trained twice, the first place counts

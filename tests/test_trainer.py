@@ -288,6 +288,18 @@ def test_noise_that_depends_on_the_place_in_a_batch_is_repaired(make, recipe):
     assert log["log_ratio/recomputed"] == 1 and log["log_ratio/max_before_update"] == 0
 
 
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("recipe", ["sdpo", "d3po", "prdp"])
+def test_the_schedule_of_an_epoch_is_drawn_up_once(make, recipe, empty):
+    "Also for repairs, for the reference, and where it is empty: an override may draw random numbers, or warn"
+    trainer, asked = make(recipe=recipe, clip_range=1e-2), []
+    plain, rollout = trainer.schedule, rolled(trainer)
+    rollout.log_prob = rollout.log_prob + 1e-2  # above the bound
+    trainer.schedule = lambda rollout: asked.append(1) or ([] if empty else plain(rollout))
+    learn(trainer, rollout)
+    assert asked == [1]
+
+
 @pytest.mark.parametrize("settings", [{}, dict(lora_rank=0, learning_rate=1e-3)], ids=["lora", "whole"])
 def test_reference_log_probs_stay_those_of_the_first_policy(make, settings):
     trainer = make(recipe="d3po", epochs=2, **settings)
