@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 from .config import step_counts
 from .evaluate import StepEvaluation, compare, evaluation_pairs, possible_steps, spread_indices
 from .evaluate import step_generalization, usual_steps
-from .figures import advantage_map, anchor_histogram, film_strip, reward_map, save_figure, similarity_map
+from .drawing import save_figure
+from .figures import advantage_map, anchor_histogram, film_strip, reward_map, similarity_map
 from .figures import step_grid, training_curves
 from .files import atomic_write, read_json, write_json
 from .models import picture_size, shrink
@@ -94,7 +95,7 @@ def show_in_place(
     "Show a figure in a notebook, in place of the one before"
     from IPython.display import Image, display
 
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=80)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=160)  # sharp where a page counts 80
     width, height = (round(80 * inches) for inches in figure.get_size_inches())
     picture = Image(buffer.getvalue(), width=width, height=height)
     if handle is None:

@@ -8,7 +8,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/cli.html.md"""
 __all__ = ['source_help', 'train', 'train_command', 'evaluate_lora', 'eval_command', 'sample_lora', 'sample_command', 'main']
 
 # %% ../nbs/50_cli.ipynb #b432cbc2
-import math, os, shlex, shutil, sys, warnings
+import importlib, math, os, shlex, shutil, sys, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from io import BytesIO
@@ -254,12 +254,16 @@ def _pair_settings(saved: dict, steps: str, samples: int, seed: int, eta: float)
     return found
 
 # %% ../nbs/50_cli.ipynb #9b270498
-def _compare_with_lora(loras: list, model: dict, reward: str, prompts: list, settings: dict, output: str) -> dict:
+def _compare_with_lora(
+    loras: list, model: dict, reward: str, prompts: list, settings: dict, output: str, dinov2: str
+) -> dict:
     "The same pairs of prompt and noise without and with the LoRA; writes the numbers, then prints the table"
     place = check_writable("output", output, ".json") if output else None
     from sdpo_nb.evaluate import compare, comparison_table, step_generalization
     from sdpo_nb.rewards import get_reward
 
+    if dinov2:  # of a later chapter, and a download that few ask for
+        settings["features"] = importlib.import_module("sdpo_nb.scorers_2026").DINOv2(dinov2)
     reward, policy = get_reward(reward), _load_with_loras(loras, prompts, **model)
     with policy.without_lora():
         before = step_generalization(policy, reward, prompts, **settings)
@@ -283,6 +287,7 @@ def evaluate_lora(
     own_scheduler: bool = False,  # true: sample as users do, with the scheduler that the pipeline came with
     precision: str = None,  # fp32, bf16 or fp16 (fp32, or as in the run)
     variant: str = None,  # of the policy's files, as fp16 in ….fp16.safetensors (or as in the run)
+    dinov2: str = None,  # a DINOv2, folder or hub id (facebook/dinov2-base): measure diversity in its features, too
     output: str = None,  # a JSON file for the numbers
 ) -> dict:  # see `sdpo_nb.evaluate.compare`
     "Compare a policy with and without its LoRA on fixed pairs of prompt and noise, and print the table"
@@ -292,7 +297,7 @@ def evaluate_lora(
 
     names = load_prompts(_known_setting("prompts", prompts, saved))
     model = _model_settings(saved, policy, precision, guidance_scale, variant)
-    return _compare_with_lora(loras, model, _known_reward(reward, saved), names, settings, output)
+    return _compare_with_lora(loras, model, _known_reward(reward, saved), names, settings, output, dinov2)
 
 # %% ../nbs/50_cli.ipynb #8596d596
 source_help = {

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 # %% ../nbs/16_dense.ipynb #81702b55
 def _check_pred_x0(pred_x0):
-    "Trajectories of clean latents, or a sentence"
+    "Raise ValueError unless `pred_x0` holds trajectories of clean latents"
     if pred_x0.ndim < 3 or pred_x0.shape[1] == 0:
         raise ValueError(
             f"pred_x0 has shape {list(pred_x0.shape)}; give clean latents [B,T,C,H,W] with at least one step."
@@ -93,7 +93,7 @@ def weighted_rewards(
 ) -> torch.Tensor:  # dense rewards `[B,T]`
     "Weighted means of the queried rewards, and the true ones where they are known; plain means where weights cancel"
     total, sums = weights.sum(1), torch.einsum("bqt,bq->bt", weights, rewards.to(weights))
-    cancelled = total.abs() <= 0.01 * weights.abs().sum(1)  # cosines may be negative: divided by nothing, it explodes
+    cancelled = total.abs() <= 0.01 * weights.abs().sum(1)  # cosines may be negative: a sum near 0 would explode
     dense = torch.where(cancelled, rewards.to(weights).mean(1, keepdim=True), sums / torch.where(cancelled, 1, total))
     for column in [0, -1, *range(1, indices.shape[1] - 1)]:  # anchors win where they coincide with an end
         dense.scatter_(1, indices[:, column, None], rewards[:, column, None].to(dense))

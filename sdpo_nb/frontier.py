@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from .evaluate import seed_interval
-from .figures import NotebookFigure, colors
+from .drawing import NotebookFigure
+from .figures import colors
 
 # %% ../nbs/36_frontier.ipynb #2729c0f9
 costs = ("epoch", "samples", "reward_queries", "network_calls", "optimizer_steps")

@@ -118,7 +118,7 @@ def arriving(
     keys: Iterable,
     device: torch.device,
 ):  # yields for each key the same on the device, in order
-    "On a GPU made one ahead in a thread, and copied from pinned memory, for which the host need not wait"
+    "On a GPU, each value is made ahead in a thread and copied from pinned memory, so that the host need not wait"
     on_gpu = torch.device(device).type == "cuda"
     for made in (ahead if on_gpu else map)(make, keys):
         yield [(x.pin_memory() if on_gpu else x).to(device, non_blocking=True) for x in made]

@@ -155,14 +155,14 @@ def trajectory_residual(
     log_prob: torch.Tensor,  # `[2,M]`, all transitions of the pairs concerned, in any order
     old_log_prob: torch.Tensor,  # `[2,M]`
     advantages: torch.Tensor,  # `[2,M]`, the trajectory's one advantage, repeated in each of its transitions
-    weight: torch.Tensor,  # `[M]`, eta
+    weight: torch.Tensor,  # `[M]`, s
     *,
     pair_index: torch.Tensor,  # LongTensor `[M]`, the pair of each transition
     clip_range: float = 1e-4,  # PRDP: limit of each log-ratio, the larger square counts; REBEL: 0, none
     advantage_clip: float = 5.0,  # limit of each advantage
     log_ratio_scale: torch.Tensor | float = 1.0,  # multiplies the log-ratio before it is clamped
 ) -> torch.Tensor:  # `[P]`, in ascending order of the pair's index
-    "`eta * sum_i (rho_i^a - rho_i^b) - (A^a - A^b)` per pair (arXiv 2404.16767, 2402.08714); raises ValueError."
+    "`s * sum_i (rho_i^a - rho_i^b) - (A^a - A^b)` per pair (arXiv 2404.16767, 2402.08714); raises ValueError."
     _check_shapes(log_prob, old_log_prob, advantages, weight, paired=True)
     target = _sum_by_pair(_advantage_difference(advantages, advantage_clip), pair_index) / _sum_by_pair(
         torch.ones_like(weight), pair_index
@@ -178,7 +178,7 @@ def trajectory_difference_loss(
     log_prob: torch.Tensor,  # `[2,M]`, all transitions of the pairs concerned, in any order
     old_log_prob: torch.Tensor,  # `[2,M]`
     advantages: torch.Tensor,  # `[2,M]`, the trajectory's one advantage, repeated in each of its transitions
-    weight: torch.Tensor,  # `[M]`, eta
+    weight: torch.Tensor,  # `[M]`, s
     *,
     pair_index: torch.Tensor,  # LongTensor `[M]`, the pair of each transition
     **options,  # clip_range, advantage_clip, log_ratio_scale, as for `trajectory_residual`

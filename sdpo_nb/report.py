@@ -20,7 +20,8 @@ from huggingface_hub import hf_hub_url
 
 from .config import step_counts
 from .evaluate import comparison_columns, comparison_table, comparison_title, format_number
-from .figures import png_bytes, step_curves, training_curves
+from .drawing import png_bytes
+from .figures import step_curves, training_curves
 from .files import atomic_write, read_json, read_jsonl
 from .pipelines import embedded_policies, pipeline_class
 

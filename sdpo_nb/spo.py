@@ -185,7 +185,7 @@ def schedule(self: SPOTrainer, rollout: Rollout) -> list:  # of Minibatch
 
 @patch
 def levelled(self: SPOTrainer, rollout: Rollout, minibatch: Minibatch, sizes) -> Minibatch:  # of all processes
-    "As many transitions as the fullest process has: those that stand in have weight 0, a KL penalty sees them all"
+    "Pad to as many transitions as the fullest process has; the padding has weight 0, but a KL penalty counts it"
     spare = (~rollout.valid[:, self.trained_steps]).nonzero()[:1].repeat(sizes.max().item() - len(minibatch), 1)
     weight = torch.full((len(minibatch),), (sizes.max() * len(sizes) / sizes.sum()).item())
     group = torch.cat([minibatch.group, spare[:, 0]])

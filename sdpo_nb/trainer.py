@@ -369,7 +369,7 @@ def with_coefficients(self: Trainer, rollout: Rollout, minibatch: Minibatch) -> 
 # %% ../nbs/26_trainer.ipynb #159698e8
 @patch
 def divergence(self: Trainer, rollout: Rollout, part, output: torch.Tensor) -> torch.Tensor:  # nats per dimension
-    "KL of the policy's step from the same step before training: equal σ, so only the means count"
+    "KL of the policy's step from the same step before training: equal τ, so only the means count"
     with torch.no_grad(), self.policy.without_lora():
         _, reference = self.action_log_prob(rollout, part)
     i = part.step.repeat(len(rollout.states))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from sdpo_nb.evaluate import (
     StepEvaluation,
     _t_quantile,
     compare,
+    comparison_columns,
     comparison_table,
     coverage,
     evaluation_pairs,
+    feature_diversity,
     gains_over_seeds,
     paired_gain,
     possible_steps,
@@ -77,6 +80,10 @@ def reference_oracle(images):
 
 def brightness(images, prompts):
     return images.mean((1, 2, 3))
+
+
+def mean_colour(images):
+    return images.mean((2, 3))
 
 
 PROMPTS = [caption("square", color, background) for color, background in zip(colors, [*backgrounds, "white"])]
@@ -184,6 +191,7 @@ def test_numbers_are_those_of_the_pictures(oracle):
         samples=40,
         batch_size=16,
         other_rewards={"dark": lambda *both: -brightness(*both)},
+        features=mean_colour,
     )
     prompts, seeds = evaluation_pairs(PROMPTS, 40, 0)
     images = torch.stack(
@@ -195,11 +203,12 @@ def test_numbers_are_those_of_the_pictures(oracle):
     rewards = images.mean((2, 3, 4))
     assert torch.allclose(result.rewards, rewards) and torch.allclose(result.other_rewards["dark"], -rewards)
     assert torch.allclose(result.mean, rewards.mean(1)) and torch.allclose(result.std, rewards.std(1))
-    assert result.per_prompt[PROMPTS[2]] == pytest.approx(rewards[:, 2::6].mean(1).tolist())
     assert torch.equal(result.images, images[:, result.kept]) and result.image_prompts == [
         prompts[index] for index in result.kept
     ]
     assert torch.allclose(result.diversity, torch.tensor([prompt_diversity(of_step, prompts) for of_step in images]))
+    seen = [feature_diversity(mean_colour(of_step), prompts) for of_step in images]
+    assert torch.allclose(result.feature_diversity, torch.tensor(seen)) and result.features == "mean_colour"
     assert result.agreement[1] > result.agreement[0] and 0 < result.agreement[0] < 1
     assert (result.agreement <= torch.stack([right.nanmean(1) for right in result.correct.values()]).amin(0)).all()
 
@@ -267,8 +276,33 @@ def test_table_says_everything(oracle):
     assert comparison_table(result | {"own_scheduler": result}).count("fixed pairs") == 2
 
 
+def test_diversity_in_features_is_told_where_it_was_asked_for(oracle, tmp_path):
+    "An evaluation.json of an earlier version has no such field"
+    asked = dict(steps=(1, 8), samples=18)
+    policies = [WorldPolicy(skill) for skill in (0.5, 1)]
+    result = compare(*[step_generalization(p, brightness, PROMPTS, **asked, features=mean_colour) for p in policies])
+    stored = read_json(write_json(tmp_path / "evaluation.json", result))
+    assert stored["features"] == "mean_colour" and stored["feature_diversity"] == result["feature_diversity"]
+    columns = dict(comparison_columns(stored))
+    assert [*columns][-3:] == ["agreement", "diversity", "mean_colour diversity"]
+    assert columns["mean_colour diversity"][1].startswith(f"{result['feature_diversity']['before'][1]:.3f} → ")
+    plain = compare(*[step_generalization(policy, brightness, PROMPTS, **asked) for policy in policies])
+    assert plain["features"] is None and plain["feature_diversity"] == {"before": None, "after": None}
+    old = {name: values for name, values in plain.items() if "feature" not in name}
+    assert comparison_table(old) == comparison_table(plain) and [*columns][:-1] == [*dict(comparison_columns(old))]
+
+
+def test_features_have_to_be_a_row_for_each_picture(oracle):
+    ask = partial(step_generalization, WorldPolicy(), brightness, PROMPTS, steps=(1,), samples=2)
+    with pytest.raises(ValueError, match="features is 'facebook/dinov2-base'; give a function of images"):
+        ask(features="facebook/dinov2-base")
+    with pytest.raises(ValueError, match=re.escape("features has shape [2, 3, 32, 32]; give [2,d]")):
+        ask(features=lambda images: images)
+
+
 def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
-    before, after = (step_generalization(WorldPolicy(), brightness, ["a cat"], steps=(1,), samples=1) for _ in range(2))
+    asked = dict(steps=(1,), samples=1, features=mean_colour)
+    before, after = (step_generalization(WorldPolicy(), brightness, ["a cat"], **asked) for _ in range(2))
     result = compare(before, after)
     assert (
         result["gain"]["mean"] == [0]
@@ -277,6 +311,7 @@ def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
     )
     stored = json.loads(write_json(tmp_path / "evaluation.json", result).read_text())
     assert stored["gain"]["se"] == [None] and stored["diversity"]["before"] == [None]
+    assert stored["feature_diversity"]["after"] == [None]
     for readable in (result, stored):
         assert "+0.000 ± –" in comparison_table(readable) and "diversity" not in comparison_table(readable)
 
@@ -290,6 +325,7 @@ def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
         (dict(eta=0.5), "sampler"),
         (dict(prompts=PROMPTS[:2]), "prompts"),
         (dict(reward=lambda *both: brightness(*both)), "reward"),
+        (dict(features=lambda images: images.mean((2, 3))), "features"),
     ],
 )
 def test_only_like_is_compared(oracle, change, named):

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 from sample_records import COMPARISON, PANEL, RECORDS
 
-from sdpo_nb import figures
+from sdpo_nb import drawing, figures
 from sdpo_nb.files import write_jsonl
 
 NAN = float("nan")
@@ -21,7 +21,7 @@ NAN = float("nan")
 def drawn(figure):
     "The figure as a picture, to make sure that it can be drawn at all"
     assert isinstance(figure, Figure)
-    return Image.open(BytesIO(figures.png_bytes(figure, 60)))
+    return Image.open(BytesIO(drawing.png_bytes(figure, 60)))
 
 
 def values(axis):
@@ -51,28 +51,53 @@ def test_film_strip_shows_every_anchor_with_its_reward():
     }
 
 
-def test_figures_in_notebooks_look_the_same_and_are_smaller():
+def test_figures_in_notebooks_look_the_same_and_are_sharp_and_small():
     strip, curves = (
         figures.film_strip(torch.nn.functional.interpolate(torch.rand(6, 3, 4, 4), 32, mode="bicubic").clamp(0, 1)),
         figures.training_curves(RECORDS),
     )
     for figure in (strip, curves):
-        whole, small = figures.png_bytes(figure, 90), figure._repr_png_()
+        whole, (small, shown) = drawing.png_bytes(figure, 180), drawing.notebook_png(figure)
         before, after = (np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int) for png in (whole, small))
         assert before.shape == after.shape and np.abs(before - after).max() <= 4 and len(small) < 0.8 * len(whole)
         assert (after[before.min(-1) == 255] == 255).all()  # white paper stays white
+        assert shown == dict(width=after.shape[1] // 2, height=after.shape[0] // 2)
 
 
 def test_notebooks_show_figures_as_they_are_made_here(monkeypatch):
     "pyplot, once imported, would draw them anew in another size"
     from IPython.core.formatters import DisplayFormatter
 
-    shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", displayed.append)
     figure = figures.training_curves(RECORDS)
-    assert DisplayFormatter().format(figure) == ({}, {}) and [picture.data for picture in shown] == [
-        figure._repr_png_()
-    ]
+    file, shown = drawing.notebook_png(figure)
+    assert DisplayFormatter().format(figure) == ({}, {}) and len(displayed) == 1
+    assert displayed[0]._repr_mimebundle_()[1] == {"image/png": shown} and displayed[0].data == file
+
+
+def test_pyplot_is_sharp_in_a_notebook_and_untouched_elsewhere(monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell, displayed = InteractiveShell(), []
+    monkeypatch.setattr("IPython.display.display", displayed.append)
+    monkeypatch.setattr("IPython.get_ipython", lambda: None)
+    with plt.rc_context():
+        drawing.sharp_figures(60)
+        figure = plt.figure(figsize=(2, 1))
+        figure.add_subplot().plot([1, 2])
+        assert figure.dpi == 60 and shell.display_formatter.format(figure)[0] and not displayed
+        monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+        drawing.sharp_figures(60)
+        select_figure_formats(shell, {"png"})  # as pyplot does with the first figure, later than this
+        shell.display_formatter.format(figure)
+        shell.display_formatter.format(figures.advantage_map([[1.0, -1.0]]))
+    plt.close(figure)
+    (wide, own), sizes = displayed, [picture._repr_mimebundle_()[1]["image/png"] for picture in displayed]
+    for picture, size in zip((wide, own), sizes):
+        assert size["width"] == Image.open(BytesIO(picture.data)).width // 2
+    assert 100 < sizes[0]["width"] < 140 and 460 < sizes[1]["width"] < 540  # 2 inches of 60, 5.6 of 90
 
 
 def test_pixels_arrive_unchanged():
@@ -227,7 +252,7 @@ def test_step_curves_show_what_was_measured():
             lambda: figures.step_curves({"steps": [1], "n": 1, "reward": "x", "after": PANEL}),
             "the comparison lacks before",
         ),
-        (lambda: figures.save_figure(Figure(), "figure.pdf"), "PNG"),
+        (lambda: drawing.save_figure(Figure(), "figure.pdf"), "PNG"),
     ],
 )
 def test_nonsense_is_refused_with_a_sentence(draw, sentence):
@@ -288,7 +313,7 @@ def test_a_name_of_metrics_is_a_text_too():
 
 def test_missing_characters_get_one_note(monkeypatch):
     "Not a warning for each character of each figure; other warnings go on"
-    monkeypatch.setattr(figures.NotebookFigure, "noted", False)
+    monkeypatch.setattr(drawing.NotebookFigure, "noted", False)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -12,7 +12,8 @@ from PIL import Image
 from sample_records import COMPARISON, RECORDS
 
 from sdpo_nb import report as module
-from sdpo_nb.figures import png_bytes, reward_map, save_figure
+from sdpo_nb.drawing import png_bytes, save_figure
+from sdpo_nb.figures import reward_map
 from sdpo_nb.files import append_jsonl, write_json, write_jsonl
 from sdpo_nb.report import base_licence, loading_code, model_card, push_run, run_summary, write_report
 

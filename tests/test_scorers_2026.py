@@ -1,6 +1,6 @@
 "SigLIP 2, the VQA score, HPSv3 and DINOv2 diversity on narrow random models; the ideas are tested in the notebook."
 
-import math
+import shutil
 import subprocess
 import sys
 
@@ -24,18 +24,20 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from sdpo_nb.hub import quiet_loading
+from sdpo_nb.cli import eval_command
+from sdpo_nb.evaluate import compare, evaluation_pairs, feature_diversity, step_generalization
+from sdpo_nb.files import read_json, write_json
 from sdpo_nb.models import load_policy
+from sdpo_nb.report import model_card, write_report
 from sdpo_nb.rewards import checked, get_reward, rewards
 from sdpo_nb.scorers_2026 import (
-    FeatureDiversity,
+    DINOv2,
     HPSv3,
     SigLIP2,
     VisionLanguageScorer,
     VQAScore,
     _authors_text,
     _whole_tokens,
-    diversity_by_steps,
     scorers,
 )
 
@@ -331,27 +333,58 @@ def test_folders_that_lack_something(made, options, tmp_path):
 # Diversity
 
 
-def test_diversity_averages_over_pairs_of_one_prompt(made):
-    diversity, images = FeatureDiversity(made["dino"], chunk=2), pictures()
-    apart = diversity(images[[0, 2]], ["a", "a"])
-    assert 0 < apart < 2 and diversity(images, ["a", "b", "a"]) == pytest.approx(apart, abs=1e-6)
-    both = [diversity(images[pair], ["a", "a"]) for pair in ([0, 1], [0, 2], [1, 2])]
-    assert diversity(images, ["a"] * 3) == pytest.approx(sum(both) / 3, abs=1e-6)
-    assert diversity(images[:1].expand(3, -1, -1, -1), ["a"] * 3) == pytest.approx(0, abs=1e-6)
-    assert math.isnan(diversity(images, ["a", "b", "c"])) and math.isnan(diversity(images[:1], ["a"]))
+def test_features_are_compared_within_a_prompt(made):
+    dinov2, images = DINOv2(made["dino"], chunk=2), pictures()
+    features = dinov2(images)
+    assert features.shape == (3, 32) and dinov2.name == "dino"
+    torch.testing.assert_close(features[1:2], dinov2(images[1:2]))
+    apart = feature_diversity(features[[0, 2]], ["a", "a"])
+    assert 0 < apart < 2 and feature_diversity(features, ["a", "b", "a"]) == pytest.approx(apart, abs=1e-6)
+    both = [feature_diversity(features[pair], ["a", "a"]) for pair in ([0, 1], [0, 2], [1, 2])]
+    assert feature_diversity(features, ["a"] * 3) == pytest.approx(sum(both) / 3, abs=1e-6)
+    assert feature_diversity(dinov2(images[:1].expand(3, -1, -1, -1)), ["a"] * 3) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.slow
-def test_diversity_by_steps_uses_the_same_noise(made):
-    policy, kept = load_policy("tiny", device="cpu"), []
+@pytest.mark.parametrize("kind", ["siglip", "qwen2"])
+def test_only_a_dinov2_has_its_features(made, kind):
+    with pytest.raises(OSError, match=f"dinov2, model: .*/{kind}' is a {kind}.*: give a DINOv2, such as facebook/"):
+        DINOv2(made[kind])
 
-    def measure(images, prompts):
-        kept.append((images, prompts))
-        return images.mean()
 
-    with quiet_loading():
-        found = diversity_by_steps(policy, ["a star", "a ring"], {"mean": measure}, steps=(1, 2), copies=3, seed=5)
-    assert list(found) == ["mean"] and len(found["mean"]) == 2
-    assert [prompts for _, prompts in kept] == [["a star"] * 3 + ["a ring"] * 3] * 2
-    alone = policy.sample(["a ring"], 2, seeds=[8])
-    torch.testing.assert_close(kept[1][0][3:4], alone, rtol=1e-4, atol=1e-4)
+def test_an_evaluation_has_the_diversity_of_its_own_pictures(made, folder, tmp_path):
+    policy, asked = load_policy(folder, device="cpu"), ["a cat", "a dog"]
+    measured = [
+        step_generalization(
+            policy,
+            "warmth",
+            asked,
+            steps=(1, 2),
+            samples=6,
+            batch_size=size,
+            features=DINOv2(made["dino"], chunk=chunk),
+        )
+        for size, chunk in ((6, 16), (4, 3))
+    ]
+    stored = read_json(write_json(tmp_path / "evaluation.json", compare(*measured)))
+    prompts, seeds = evaluation_pairs(asked, 6, 0)
+    images = [policy.sample(prompts, steps, seeds=seeds) for steps in (1, 2)]
+    by_hand = [feature_diversity(DINOv2(made["dino"])(of_step), prompts) for of_step in images]
+    assert min(by_hand) > 1e-4 and stored["features"] == "dino"
+    for sizes in ("before", "after"):  # of batches: they have no influence
+        assert stored["feature_diversity"][sizes] == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_the_command_measures_it_for_the_card_of_a_run(made, finished_run, tmp_path, capfd):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    words = [str(run), "--steps", "1,2", "--output", str(run / "evaluation.json"), "--dinov2"]
+    assert eval_command([*words, str(made["dino"])]) == 0
+    output, errors = capfd.readouterr()
+    assert "diversity  dino diversity\n" in output and not errors
+    numbers = read_json(run / "evaluation.json")["feature_diversity"]
+    shown = [f"{before:.3f} → {after:.3f}" for before, after in zip(numbers["before"], numbers["after"])]
+    pages = model_card(run), write_report(run).read_text(encoding="utf-8")
+    assert all(text in page for page in (output, *pages) for text in shown) and "| dino diversity |" in pages[0]
+    for place, told in (("./nowhere", "'./nowhere' is no folder or file here"), (str(made["siglip"]), "is a siglip")):
+        assert eval_command([*words, place]) == 1
+        error = capfd.readouterr().err
+        assert error.startswith("sdpo-eval: dinov2, model: ") and told in error and error.count("\n") == 1

@@ -2,17 +2,21 @@
 
 Quarto itself is not needed: a stand-in on the path shows that what it warns of is printed and stops the build."""
 
+import base64
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import copy_checkout
+from PIL import Image
+from test_project import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -292,6 +296,20 @@ def test_every_figure_has_an_alternative_text(notebooks):
                 html = "".join(output.get("data", {}).get("text/html", ""))
                 poor += [(stem, tag) for tag in re.findall(r"<img(?![^>]*\salt=\"[^\"])[^>]*>", html)]
     assert found > 130 and poor == []
+
+
+def test_figures_are_sharp_on_high_density_screens():
+    "Twice the pixels that a page shows, except for the pictures of a model, which have few"
+    found, blurred, files_of_pictures = 0, [], {("50_cli", "26b5bfc8")}
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}) and "PIL" not in "".join(output["data"]["text/plain"]):
+                    width = Image.open(BytesIO(base64.b64decode(output["data"]["image/png"]))).width
+                    shown = output["metadata"].get("image/png", {}).get("width", width)
+                    found += 1
+                    blurred += [(path.stem, cell["id"])] if width // 2 != shown else []
+    assert found > 130 and {*blurred} - files_of_pictures == set()
 
 
 def test_headings_in_outputs_are_headings_of_the_page(notebooks):

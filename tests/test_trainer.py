@@ -311,7 +311,7 @@ def test_reference_log_probs_stay_those_of_the_first_policy(make, settings):
 
 
 def test_divergence_by_hand(make):
-    "Zero at the start; then half the squared distance of the two means, in units of σ"
+    "Zero at the start; then half the squared distance of the two means, in units of τ"
     trainer = make(kl_coefficient=1.0, num_steps=5)
     rollout, transitions, (timesteps, ddim) = rolled(trainer), ((0, 1), (1, 2)), by_hand(trainer)
     assert loss_of(trainer, rollout, *transitions)[1]["kl"] == 0
