@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from .config import step_counts
 from .evaluate import StepEvaluation, compare, evaluation_pairs, possible_steps, spread_indices
 from .evaluate import step_generalization, usual_steps
-from .drawing import save_figure
+from .drawing import fewer_colours, save_figure
 from .figures import advantage_map, anchor_histogram, film_strip, reward_map, similarity_map
 from .figures import step_grid, training_curves
 from .files import atomic_write, read_json, write_json
@@ -97,7 +97,7 @@ def show_in_place(
 
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=160)  # sharp where a page counts 80
     width, height = (round(80 * inches) for inches in figure.get_size_inches())
-    picture = Image(buffer.getvalue(), width=width, height=height)
+    picture = Image(fewer_colours(buffer.getvalue()), width=width, height=height)
     if handle is None:
         return display(picture, display_id=True)
     handle.update(picture)

@@ -432,7 +432,7 @@ def test_pictures_stay_in_their_places_and_keep_their_size(make, shown):
     assert len(curves) == len(grids) == 4
     for place in shown:
         sizes = {Image.open(BytesIO(picture.data)).size for picture in place}
-        assert sizes == {(place[0].width, place[0].height)} and len({picture.data for picture in place}) == 4
+        assert sizes == {(2 * place[0].width, 2 * place[0].height)} and len({picture.data for picture in place}) == 4
     # four pairs at one step and as trained: before, the policy without its LoRA; now, the one that was trained
     assert watcher.steps == [1, 5] and watcher.before.shape[:2] == (2, 4) and watcher.pairs[0] == PROMPTS * 2
     with trainer.policy.without_lora():

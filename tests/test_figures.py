@@ -100,6 +100,15 @@ def test_pyplot_is_sharp_in_a_notebook_and_untouched_elsewhere(monkeypatch):
     assert 100 < sizes[0]["width"] < 140 and 460 < sizes[1]["width"] < 540  # 2 inches of 60, 5.6 of 90
 
 
+def test_a_figure_keeps_its_ground():
+    with plt.style.context("dark_background"):
+        dark = drawing.png_bytes(plt.figure(figsize=(1, 1)), 20)
+    clear = drawing.png_bytes(Figure(figsize=(1, 1), facecolor=(0, 0, 0, 0)), 20)
+    plt.close("all")
+    corners = [Image.open(BytesIO(file)).convert("RGB").getpixel((0, 0)) for file in (dark, clear)]
+    assert corners == [(0, 0, 0), (255, 255, 255)]
+
+
 def test_pixels_arrive_unchanged():
     images = torch.rand(2, 3, 3, 8, 8)
     axis = Figure().subplots()

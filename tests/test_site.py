@@ -16,7 +16,6 @@ import pytest
 import yaml
 from conftest import copy_checkout
 from PIL import Image
-from test_project import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -298,17 +297,17 @@ def test_every_figure_has_an_alternative_text(notebooks):
     assert found > 130 and poor == []
 
 
-def test_figures_are_sharp_on_high_density_screens():
+def test_figures_are_sharp_on_high_density_screens(notebooks):
     "Twice the pixels that a page shows, except for the pictures of a model, which have few"
     found, blurred, files_of_pictures = 0, [], {("50_cli", "26b5bfc8")}
-    for path in NOTEBOOKS:
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for stem, notebook in notebooks.items():
+        for cell in notebook["cells"]:
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}) and "PIL" not in "".join(output["data"]["text/plain"]):
                     width = Image.open(BytesIO(base64.b64decode(output["data"]["image/png"]))).width
                     shown = output["metadata"].get("image/png", {}).get("width", width)
                     found += 1
-                    blurred += [(path.stem, cell["id"])] if width // 2 != shown else []
+                    blurred += [(stem, cell["id"])] if width // 2 != shown else []
     assert found > 130 and {*blurred} - files_of_pictures == set()
 
 
