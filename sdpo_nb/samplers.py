@@ -54,7 +54,7 @@ class Sampler:
 
     def __init__(
         self,
-        timesteps: torch.Tensor,  # `[T]`, what the network is told at each step, noisiest first
+        timesteps: torch.Tensor,  # `[T]`, one for each step in the units of the scheduler, noisiest first
         dtype: torch.dtype = torch.float32,  # of the tables
         device="cpu",  # of the tables
     ):
@@ -438,7 +438,7 @@ def make_sampler(
     *,
     eta: float = 1.0,  # 0 deterministic … 1 fully random; consistency models have 1 only
     prev_timestep: str = "diffusers",  # or "reference", for DDIM's last step
-    timesteps: list = None,  # explicit, where there are `num_steps` of them: what the network is told, noisiest first
+    timesteps: list = None,  # explicit, where there are `num_steps` of them; in the units of the scheduler, noisiest first
 ) -> Sampler:
     "The stochastic sampler that fits a pipeline; raises ValueError where there is none, or not at so many steps"
     build = _schedulers.get(type(scheduler), _ddim_sampler)
