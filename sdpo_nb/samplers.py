@@ -438,7 +438,7 @@ def make_sampler(
     *,
     eta: float = 1.0,  # 0 deterministic … 1 fully random; consistency models have 1 only
     prev_timestep: str = "diffusers",  # or "reference", for DDIM's last step
-    timesteps: list = None,  # explicit, where there are `num_steps` of them; in the units of the scheduler, noisiest first
+    timesteps: list = None,  # `num_steps` of them, explicit, in the units of the scheduler, noisiest first
 ) -> Sampler:
     "The stochastic sampler that fits a pipeline; raises ValueError where there is none, or not at so many steps"
     build = _schedulers.get(type(scheduler), _ddim_sampler)
