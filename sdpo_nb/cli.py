@@ -253,22 +253,50 @@ def _pair_settings(saved: dict, steps: str, samples: int, seed: int, eta: float)
     check_numbers(**{name: (found[name], *limit) for name, limit in limits.items()})
     return found
 
+# %% ../nbs/50_cli.ipynb #02390796
+def _load_dinov2(place: str, prompts: list, samples: int, seed: int) -> dict:  # a folder or hub id, or None
+    "What reads features, for `step_generalization`. Raises `ValueError` where no prompt comes twice"
+    if place is None:
+        return {}
+    from sdpo_nb.prompts import evaluation_pairs
+
+    if len(set(evaluation_pairs(prompts, samples, seed)[0])) == samples:
+        problem = f"samples is {samples}, which makes no two pictures of one prompt for dinov2 to compare"
+        raise ValueError(f"{problem}; give more samples than prompts, or fewer prompts.")
+    return dict(features=importlib.import_module("sdpo_nb.scorers_2026").DINOv2(place))  # of a later chapter
+
+
+def _with_other_table(place: Path, comparison: dict, loras: list, own_scheduler: bool) -> dict:
+    "What to write: in the evaluation.json of the run itself, the table of the other sampler stays"
+    (lora, scale), *others = loras
+    if others or scale != 1 or place.resolve() != (lora.parent / "evaluation.json").resolve():
+        return comparison
+    earlier = {}
+    with suppress(ValueError, OSError):  # missing or damaged
+        earlier = read_json(place)
+    if not isinstance(earlier, dict) or "steps" not in earlier:
+        return comparison
+    trained, own = (earlier, comparison) if own_scheduler else (comparison, earlier.get("own_scheduler"))
+    return trained | {"own_scheduler": own}
+
 # %% ../nbs/50_cli.ipynb #9b270498
 def _compare_with_lora(
     loras: list, model: dict, reward: str, prompts: list, settings: dict, output: str, dinov2: str
 ) -> dict:
     "The same pairs of prompt and noise without and with the LoRA; writes the numbers, then prints the table"
-    place = check_writable("output", output, ".json") if output else None
+    place = None if output is None else check_writable("output", output, ".json")
     from sdpo_nb.evaluate import compare, comparison_table, step_generalization
     from sdpo_nb.rewards import get_reward
 
-    if dinov2:  # of a later chapter, and a download that few ask for
-        settings["features"] = importlib.import_module("sdpo_nb.scorers_2026").DINOv2(dinov2)
+    settings |= _load_dinov2(dinov2, prompts, settings["samples"], settings["seed"])
     reward, policy = get_reward(reward), _load_with_loras(loras, prompts, **model)
     with policy.without_lora():
         before = step_generalization(policy, reward, prompts, **settings)
     comparison = compare(before, step_generalization(policy, reward, prompts, **settings))
-    written = f"\n\nnumbers     {write_json(place, comparison)}" if output else ""
+    written = ""
+    if place:
+        whole = _with_other_table(place, comparison, loras, settings["own_scheduler"])
+        written = f"\n\nnumbers     {write_json(place, whole)}"
     print(comparison_table(comparison) + written)
     return comparison
 

@@ -10,7 +10,6 @@ __all__ = ['usual_steps', 'read_attributes', 'prompt_diversity', 'feature_divers
            'comparison_columns', 'comparison_title', 'comparison_table', 'seed_interval', 'gains_over_seeds']
 
 # %% ../nbs/30_evaluate.ipynb #1eeffa27
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,29 +46,43 @@ def _agreement_share(correct):  # attribute -> `[S,n]`, see `read_attributes`; t
 
 # %% ../nbs/30_evaluate.ipynb #a2405ec8
 def _distances(vectors, prompts):  # `[B,d]`, B prompts -> `[pairs]`
-    "Euclidean distances of any two vectors of the same prompt"
-    groups = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt].append(index)
-    return torch.cat([torch.pdist(vectors[group]) for group in groups.values()])
+    "Euclidean distances of any two vectors of the same prompt: three for a prompt with three vectors, one for two"
+    groups = [[place for place, other in enumerate(prompts) if other == one] for one in dict.fromkeys(prompts)]
+    return torch.cat([vectors.new_zeros(0), *(torch.pdist(vectors[group]) for group in groups)])
 
 
 def prompt_diversity(
     images: torch.Tensor,  # `[B,3,H,W]` in [0,1]
     prompts: list[str],  # B prompts
-) -> float:  # NaN where no prompt comes twice
+) -> float:  # over pairs of pictures: a prompt with three weighs three times one with two; NaN without any pair
     "Mean distance between two pictures of the same prompt: root mean square difference of pixels at a size of 32"
     flat = shrink(images, 32).float().flatten(1)
     return (_distances(flat, prompts) / flat.shape[1] ** 0.5).mean().item()
+
+# %% ../nbs/30_evaluate.ipynb #3b3b247e
+def _checked_features(found, count, widths):  # of `count` pictures; widths: set of those of the batches so far
+    "Raise `ValueError` unless these are `[count,d]`, with a finite direction in each row; else return them"
+    if not torch.is_tensor(found) or found.ndim != 2 or len(found) != count:
+        got = f"has shape {list(found.shape)}" if torch.is_tensor(found) else f"is of type {type(found).__name__}"
+        raise ValueError(f"features {got}; give a tensor [{count},d], a row for each picture.")
+    widths.add(found.shape[1])
+    if len(widths) > 1:
+        told = f"rows of width {min(widths)} in one batch and {max(widths)} in another"
+        raise ValueError(f"features has {told}; give the same width for every batch.")
+    lengths = found.float().norm(dim=1)
+    bad = [row for row, length in enumerate(lengths.tolist()) if not 1e-12 < length < torch.inf]
+    if bad:
+        told = f"length {lengths[bad[0]].item():g} in row {bad[0]} ({len(bad)} of {count} rows are zero or not finite)"
+        raise ValueError(f"features has {told}; check the weights of the network that reads the pictures.")
+    return found
 
 # %% ../nbs/30_evaluate.ipynb #c73ce167
 def feature_diversity(
     features: torch.Tensor,  # `[B,d]`, of B pictures
     prompts: list[str],  # B prompts
 ) -> float:  # 0 for copies; NaN where no prompt comes twice
-    "Mean of 1 − the cosine of the features of two pictures of the same prompt. Raises `ValueError` for another shape"
-    if features.ndim != 2 or len(features) != len(prompts):
-        raise ValueError(f"features has shape {list(features.shape)}; give [{len(prompts)},d], a row for each prompt.")
+    "Mean of 1 − the cosine of features, over pairs of pictures of one prompt. Raises `ValueError` for unfit features"
+    features = _checked_features(features, len(prompts), set())
     unit = torch.nn.functional.normalize(features.float(), dim=1)  # 1 − cosine is half the squared distance
     return (_distances(unit, prompts) ** 2 / 2).mean().item()
 
@@ -87,31 +100,31 @@ def coverage(
     return {attribute: torch.special.entr(share).sum().exp().item() for attribute, share in shares.items()}
 
 # %% ../nbs/30_evaluate.ipynb #ec89b42f
-def _measure(images, prompts, rewards, oracle=None, features=None):  # `[B,3,H,W]` in [0,1], B prompts, name -> reward
+def _measure(images, prompts, rewards, oracle=None, features=None, widths=None):  # the rest: see `_load_readers`
     "name -> `[B,...]` on the CPU: every number that an evaluation needs of a batch, and its pictures at a size of 32"
     scores = {f"reward/{name}": checked(reward, images, prompts).cpu() for name, reward in rewards.items()}
     correct = read_attributes(oracle, images, prompts) if oracle else {}
     read = {f"correct/{attribute}": right for attribute, right in correct.items()}
-    seen = {"features": features(images).cpu()} if features else {}
+    found = None if features is None else _checked_features(features(images), len(images), widths).cpu()
+    seen = {} if found is None else {"features": found}
     return scores | read | seen | {"small": shrink(images, 32).cpu()}
 
 # %% ../nbs/30_evaluate.ipynb #24af0433
 @torch.no_grad()
-def _sample_and_measure(policy, pairs, part, num_steps, kept, measured, batch_size, watch=None, **sampler):
+def _sample_and_measure(policy, pairs, part, num_steps, kept, readers, batch_size, watch=None, **sampler):
     "Sample some pairs at one number of steps: what `_measure` finds, `[m,...]`, and `pictures` `[k,3,h,w]` of the kept"
     # pairs: n prompts and n seeds; part: `[m]`, which of them; batch_size: at most, fewer where pictures are large
     height, width = (side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:])
-    batches, pictures, batch_size = [], [], min(batch_size, max(1, 2 * decoded_pixels // (height * width)))
+    batches, batch_size = [], min(batch_size, max(1, 2 * decoded_pixels // (height * width)))
     for chosen in part.split(batch_size):
         prompts, seeds = ([column[index] for index in chosen] for column in pairs)
         latents = policy.sample(prompts, num_steps, seeds=seeds, batch_size=batch_size, return_latents=True, **sampler)
         images = policy.decode(latents, max(1, decoded_pixels // (height * width)))
-        batches.append(_measure(images, prompts, **measured))
-        pictures.append(shrink(images[torch.isin(chosen, torch.tensor(kept))], picture_size).cpu())
-        if watch:
+        pictures = shrink(images[torch.isin(chosen, torch.tensor(kept))], picture_size).cpu()
+        batches.append(_measure(images, prompts, **readers) | {"pictures": pictures})
+        if watch is not None:
             watch(len(chosen) * num_steps)
-    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    return joined | {"pictures": torch.cat(pictures)}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 # %% ../nbs/30_evaluate.ipynb #54ae2352
 @dataclass
@@ -129,28 +142,14 @@ class StepEvaluation:
     reward: str  # its name
     sampler: str  # how the pictures were made
     seed: int  # of the noise
-    features: str = None  # name of the network that read them, where there is one
+    features: str = None  # name of what read them, a DINOv2's as it was given; None without
     feature_diversity: torch.Tensor = None  # `[S]`, see `feature_diversity`; None without such a network
 
-    @property
-    def mean(self):
-        return _mean(self.rewards)  # [S]
-
-    @property
-    def std(self):
-        return _deviation(self.rewards)  # [S]
-
-    @property
-    def agreement(self):
-        return _agreement_share(self.correct)  # [S] or None
-
-    @property
-    def image_prompts(self):
-        return [self.prompts[index] for index in self.kept]
-
-    @property
-    def pairs(self):  # S numbers of pairs
-        return (~self.rewards.isnan()).sum(1).tolist()
+    mean = property(lambda self: _mean(self.rewards))  # [S]
+    std = property(lambda self: _deviation(self.rewards))  # [S]
+    agreement = property(lambda self: _agreement_share(self.correct))  # [S] or None
+    image_prompts = property(lambda self: [self.prompts[index] for index in self.kept])
+    pairs = property(lambda self: (~self.rewards.isnan()).sum(1).tolist())  # S numbers of pairs
 
 # %% ../nbs/30_evaluate.ipynb #578beddc
 def _mean(values):  # `[S,n]`, NaN where a pair was left out -> `[S]`
@@ -202,15 +201,17 @@ def possible_steps(
     return possible
 
 # %% ../nbs/30_evaluate.ipynb #27bb8b12
-def _measures(policy, prompts, reward, other_rewards=None, features=None):  # as in `step_generalization`
+def _load_readers(policy, prompts, reward, other_rewards=None, features=None):  # prompts: of n pairs
     "What `_measure` needs; the oracle where pictures have the size of its world and a prompt names something in it"
-    if features is not None and not callable(features):
+    if features is not None and (not callable(features) or isinstance(features, type)):
         raise ValueError(f"features is {features!r}; give a function of images, such as DINOv2().")
+    if features is not None and len(set(prompts)) == len(prompts):
+        raise ValueError(f"samples={len(prompts)} makes no two pictures of one prompt for features; give more samples.")
     sides = {side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]}
     named = sides == {image_size} and any(map(parse_caption, prompts))
     rewards = {label: get_reward(one) for label, one in ({"": reward} | (other_rewards or {})).items()}
     oracle = load_network("oracle").to(policy.device) if named else None
-    return dict(rewards=rewards, oracle=oracle, features=features)
+    return dict(rewards=rewards, oracle=oracle, features=features, widths=set())
 
 # %% ../nbs/30_evaluate.ipynb #43ba06c0
 def step_generalization(
@@ -232,19 +233,19 @@ def step_generalization(
     pairs, parts = pairs_of_steps(prompts, steps := possible_steps(policy, steps), samples, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1: 128 is usual.")
-    kept, measured = _kept_of(parts, len(prompts)), _measures(policy, prompts, reward, other_rewards, features)
+    kept, readers = _kept_of(parts, len(prompts)), _load_readers(policy, pairs[0], reward, other_rewards, features)
     options = dict(batch_size=batch_size, eta=eta, own_scheduler=own_scheduler, watch=watch)
-    results = [_sample_and_measure(policy, pairs, part, T, kept, measured, **options) for part, T in zip(parts, steps)]
+    results = [_sample_and_measure(policy, pairs, part, T, kept, readers, **options) for part, T in zip(parts, steps)]
     trained = f"{type(policy.sampler(steps[0])).__name__.removesuffix('Sampler')}, η={eta:g}"
     sampler = type(policy.own_scheduler).__name__ if own_scheduler else trained
-    return _collect(steps, pairs[0], parts, kept, results, measured, sampler=sampler, seed=seed)
+    return _collect(parts, results, readers, steps=steps, prompts=pairs[0], kept=kept, sampler=sampler, seed=seed)
 
 # %% ../nbs/30_evaluate.ipynb #n215aedb
-def _collect(steps, prompts, parts, kept, results, measured, **described):  # results: S of `_sample_and_measure`
+def _collect(parts, results, readers, *, prompts, **described):  # results: S of `_sample_and_measure`
     "The `StepEvaluation` with tables over all step counts, from those of each"
 
     def table(name):  # `[S,n]`
-        whole = torch.full((len(steps), len(prompts)), torch.nan)
+        whole = torch.full((len(parts), len(prompts)), torch.nan)
         for row, part, result in zip(whole, parts, results):
             row[part] = result[name]
         return whole
@@ -252,17 +253,16 @@ def _collect(steps, prompts, parts, kept, results, measured, **described):  # re
     def of_kind(kind):
         return {name.removeprefix(kind): table(name) for name in results[0] if name.startswith(kind)}
 
-    def diversity(measure, name):  # `[S]`, None where it was not asked for
+    def diversity(measure, name):  # `[S]`
         named = [[prompts[index] for index in part] for part in parts]
-        found = [measure(result[name], names) for result, names in zip(results, named) if name in result]
-        return torch.tensor(found) if found else None
+        return torch.tensor([measure(result[name], names) for result, names in zip(results, named)])
 
     rewards, images = of_kind("reward/"), torch.stack([result["pictures"] for result in results])
-    described |= dict(steps=steps, prompts=prompts, kept=kept, images=images, correct=of_kind("correct/"))
-    described |= dict(reward=reward_name(measured["rewards"][""]), rewards=rewards.pop(""), other_rewards=rewards)
-    described |= dict(features=measured["features"] and reward_name(measured["features"]))
-    pixels, seen = diversity(prompt_diversity, "small"), diversity(feature_diversity, "features")
-    return StepEvaluation(diversity=pixels, feature_diversity=seen, **described)
+    described |= dict(prompts=prompts, images=images, correct=of_kind("correct/"))
+    described |= dict(reward=reward_name(readers["rewards"][""]), rewards=rewards.pop(""), other_rewards=rewards)
+    if (features := readers["features"]) is not None:
+        described |= dict(features=reward_name(features), feature_diversity=diversity(feature_diversity, "features"))
+    return StepEvaluation(diversity=diversity(prompt_diversity, "small"), **described)
 
 # %% ../nbs/30_evaluate.ipynb #d459caac
 def paired_gain(
@@ -283,7 +283,7 @@ def _compare_rewards(before, after):  # `[S,n]` each, of the same pairs
 
 # %% ../nbs/30_evaluate.ipynb #c89e3f6c
 def _check_comparable(before, after):
-    "Raise `ValueError` unless both evaluations used the same pairs, steps, sampler and measures"
+    "Raise `ValueError` unless both have the same pairs, steps and sampler, and rewards and features of one name"
     for field in ("steps", "seed", "sampler", "reward", "features", "prompts", "pairs"):
         first, second = getattr(before, field), getattr(after, field)
         if first != second:

@@ -27,16 +27,35 @@ from .hub import load_tensors, load_tokenizer, local_path
 from .scorers import CosineScorer, Scorer, _chosen_scale
 
 # %% ../nbs/59_scorers_2026.ipynb #d1d62d4e
-def _picture_settings(
+def _read_settings(
     place: str | os.PathLike,  # a folder or hub id
-    asker: str,  # which setting named it
+    name: str,  # of a JSON file there
+    asker: str,  # which setting named the place
     revision: str | None = None,  # on the hub
-    name: str = "preprocessor_config.json",  # or config.json, which tells the kind of network
 ) -> dict:
-    "What preprocessor_config.json says about the pictures that a network reads. Raises `OSError`."
+    "Settings by name, of a network or of its pictures. Raises `OSError`."
     file = find_file(place, [name], asker, revision)
     with explained(file, asker):
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        problem = f"the {name} of {str(place)!r} holds a {type(found).__name__}, not settings by name"
+        raise complaint(f"{problem}: copy the file again from the page of the model.", asker)
+    return found
+
+# %% ../nbs/59_scorers_2026.ipynb #5df1f969
+def _is_colour(value, low):
+    "Is it three numbers, for red, green and blue, each above `low`?"
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and low < v < 100 for v in value)
+
+
+def _picture_settings(place, asker, revision=None):
+    "What preprocessor_config.json says about the pictures that a network reads. Raises `OSError`."
+    settings = _read_settings(place, "preprocessor_config.json", asker, revision)
+    for name, low, wanted in (("image_mean", -100, "three numbers"), ("image_std", 0, "three numbers above 0")):
+        if not _is_colour(settings.get(name), low):
+            problem = f"{name} is {settings.get(name)!r} in the preprocessor_config.json of {str(place)!r}"
+            raise complaint(f"{problem}: give {wanted}, as the page of the model has them.", asker)
+    return settings
 
 # %% ../nbs/59_scorers_2026.ipynb #271684aa
 def _resized(
@@ -139,6 +158,10 @@ class VisionLanguageScorer(Scorer):
             raise complaint(f"it is a {config.model_type}: give one of {', '.join(self.kinds)}.", asker)
         if not tokenizer.chat_template:
             raise complaint("its tokenizer has no chat template: add the file chat_template.jinja.", asker)
+        for part in ("patch_size", "merge_size", "temporal_patch_size"):
+            if type(settings.get(part)) is not int or settings[part] < 1:
+                problem = f"{part} is {settings.get(part)!r} in its preprocessor_config.json"
+                raise complaint(f"{problem}: give the whole number that the page of the model has.", asker)
 
     def prepare(self, images):
         unit = self.settings["patch_size"] * self.settings["merge_size"]
@@ -308,8 +331,30 @@ class HPSv3(VisionLanguageScorer):
         hidden = self.network["language"](**inputs, position_ids=places, use_cache=False).last_hidden_state
         return self.network["head"](hidden[:, at[0]].float())[:, 0]
 
+# %% ../nbs/59_scorers_2026.ipynb #80d23e16
+_bit_settings = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3)
+_bit_settings |= dict(rescale_factor=1 / 255)  # of transformers' BitImageProcessor
+
+
+def _crop_sides(settings, asker, least=1):  # of preprocessor_config.json; pixels of a patch
+    "Pixels of the shortest side and of the square in the middle. Raises `OSError` for another way to prepare pictures."
+    size, crop = (settings.get(name) for name in ("size", "crop_size"))
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else [None]
+    odd = {name: settings[name] for name, usual in _bit_settings.items() if settings.get(name, usual) != usual}
+    if type(shortest) is not int or shortest < 1:
+        odd["size"] = size
+    elif any(type(side) is not int or not least <= side <= shortest for side in sides) or len(set(sides)) > 1:
+        odd["crop_size"] = crop
+    if odd:
+        name, value = next(iter(odd.items()))
+        wanted = dict(size="{'shortest_edge': 256}", crop_size=f"a square with sides from {least} to {shortest}")
+        problem = f"{name} is {value!r} in its preprocessor_config.json"
+        raise complaint(f"{problem}: give {wanted.get(name) or _bit_settings[name]}, as DINOv2 was published.", asker)
+    return shortest, sides[0]
+
 # %% ../nbs/59_scorers_2026.ipynb #6ab22367
-class DINOv2(Scorer):
+class DINOv2:
     "What pictures show, as numbers: the features of DINOv2 (arXiv 2304.07193), in which diversity is measured."
 
     def __init__(
@@ -321,25 +366,33 @@ class DINOv2(Scorer):
         device=None,  # None: wherever the pictures are
     ):
         asker = "dinov2, model"
-        kind = _picture_settings(model, asker, revision, "config.json").get("model_type")
-        if kind != "dinov2":
+        if type(chunk) is not int or chunk < 1:
+            raise ValueError(f"dinov2, chunk={chunk!r} is no number of pictures: give an integer of at least 1.")
+        if not isinstance(model, (str, os.PathLike)) or not str(model).strip() or Path(model).expanduser().is_file():
+            raise ValueError(f"{asker}={model!r} is no folder: give that of a DINOv2, or facebook/dinov2-base.")
+        config = _read_settings(model, "config.json", asker, revision)
+        if (kind := config.get("model_type", "network without model_type")) != "dinov2":
             raise complaint(f"{str(model)!r} is a {kind}: give a DINOv2, such as facebook/dinov2-base.", asker)
-        network = load_pretrained(Dinov2Model, model, asker, revision)
         self.settings = _picture_settings(model, asker, revision)
-        name, side = Path(model).absolute().name, self.settings["crop_size"]["height"]
-        super().__init__(name, network, side, chunk, device)
+        patch = config.get("patch_size")
+        least = patch if type(patch) is int else 1
+        self.shortest, self.image_size = _crop_sides(self.settings, asker, least)
+        self.network = load_pretrained(Dinov2Model, model, asker, revision).requires_grad_(False).eval()
+        self.name, self.chunk, self.device = f"{model}@{revision}" if revision else str(model), chunk, device
 
-    def prepare(self, images):
-        shortest, size = self.settings["size"]["shortest_edge"], self.image_size
-        tall, wide = (shortest * side // min(images.shape[-2:]) for side in images.shape[-2:])
-        top, left = (tall - size) // 2, (wide - size) // 2
+    def prepare(self, images) -> torch.Tensor:  # `[B,3,H,W]` in [0,1] to `[B,3,image_size,image_size]`
+        tall, wide = (self.shortest * side // min(images.shape[-2:]) for side in images.shape[-2:])
+        top, left, size = (tall - self.image_size) // 2, (wide - self.image_size) // 2, self.image_size
         return _normalized(_resized(images, tall, wide)[..., top : top + size, left : left + size], self.settings)
 
-    def score(self, pixels, prompts):
-        return self.network(pixels).pooler_output
-
     def __call__(self, images) -> torch.Tensor:  # `[B,3,H,W]` in [0,1] to `[B,d]`
-        return super().__call__(images, ())
+        network = self.network.to(images.device if self.device is None else self.device)
+        parts = (self.prepare(part.to(network.device)) for part in images.split(self.chunk))
+        return torch.cat([network(part).pooler_output for part in parts]).to(images.device)
+
+    def __repr__(self):
+        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        return f"DINOv2({self.name!r}, {millions:.3g}M parameters, chunk={self.chunk})"
 
 # %% ../nbs/59_scorers_2026.ipynb #b33c15ca
 scorers = {"siglip2": SigLIP2, "vqascore": VQAScore, "hpsv3": HPSv3}  # name -> what makes it

@@ -753,6 +753,26 @@ def test_evaluation_of_a_run(finished_run, tmp_path, capfd):
         assert mine[part]["mean"] == pytest.approx(stored[part]["mean"][:2], rel=1e-4)
 
 
+@pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_missing_or_damaged_evaluation_of_a_run_is_replaced(tmp_path, text, own):
+    "Also by the table of the own scheduler: the report reads the first table before it reads the second"
+    place = tmp_path / "evaluation.json"
+    if text:
+        place.write_text(text)
+    assert cli._with_other_table(place, {"steps": [1]}, [(tmp_path / "lora", 1.0)], own) == {"steps": [1]}
+
+
+def test_the_table_of_another_scale_or_several_loras_stands_alone(tmp_path):
+    "What lies beside was measured with the LoRA of the run as it was trained"
+    place, lora = tmp_path / "evaluation.json", (tmp_path / "lora", 1.0)
+    place.write_text('{"steps": [4], "own_scheduler": {"steps": [2]}}')
+    for loras in ([(tmp_path / "lora", 0.5)], [lora, lora], [(tmp_path / "other" / "lora", 1.0)]):
+        assert cli._with_other_table(place, {"steps": [1]}, loras, False) == {"steps": [1]}
+    whole = cli._with_other_table(place, {"steps": [1]}, [lora], False)
+    assert whole == {"steps": [1], "own_scheduler": {"steps": [2]}}
+
+
 def test_evaluation_of_a_lora_file(finished_run, small, capfd):
     lora = str(next((finished_run / "lora").glob("*.safetensors")))
     words = [lora, *small[1:5], "--reward", "-1*warmth", "--steps", "2", "--samples", "3", "--own_scheduler"]

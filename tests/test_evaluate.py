@@ -292,16 +292,79 @@ def test_diversity_in_features_is_told_where_it_was_asked_for(oracle, tmp_path):
     assert comparison_table(old) == comparison_table(plain) and [*columns][:-1] == [*dict(comparison_columns(old))]
 
 
-def test_features_have_to_be_a_row_for_each_picture(oracle):
-    ask = partial(step_generalization, WorldPolicy(), brightness, PROMPTS, steps=(1,), samples=2)
-    with pytest.raises(ValueError, match="features is 'facebook/dinov2-base'; give a function of images"):
-        ask(features="facebook/dinov2-base")
-    with pytest.raises(ValueError, match=re.escape("features has shape [2, 3, 32, 32]; give [2,d]")):
-        ask(features=lambda images: images)
+def widening(images):
+    return torch.ones(len(images), len(images))
+
+
+FEATURES = {  # what is returned for two pictures -> what is said
+    "a row for each picture": (lambda images: images, "has shape [2, 3, 32, 32]; give a tensor [2,d]"),
+    "one row": (lambda images: torch.ones(1, 4), "has shape [1, 4]; give a tensor [2,d]"),
+    "a tensor": (lambda images: mean_colour(images).numpy(), "is of type ndarray; give a tensor [2,d]"),
+    "no list": (lambda images: mean_colour(images).tolist(), "is of type list; give a tensor [2,d]"),
+    "something": (lambda images: None, "is of type NoneType; give a tensor [2,d]"),
+    "nan": (lambda images: torch.full((2, 4), torch.nan), "has length nan in row 0 (2 of 2 rows are"),
+    "inf": (lambda images: torch.tensor([[1.0], [torch.inf]]), "has length inf in row 1 (1 of 2 rows are"),
+    "zero": (lambda images: torch.eye(2)[[0, 0]] * torch.tensor([[1.0], [0.0]]), "has length 0 in row 1 (1 of 2 rows"),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_unfit_features_are_refused_at_the_first_batch(oracle, name):
+    "Copies have the diversity 0, which zeros would have, too; NaN would leave no column and no word"
+    policy, (features, sentence) = WorldPolicy(), FEATURES[name]
+    with pytest.raises(ValueError, match=re.escape(f"features {sentence}")) as caught:
+        step_generalization(policy, brightness, ["a", "b"], steps=(1, 2), samples=6, batch_size=2, features=features)
+    assert len(policy.calls) == 1 and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(f"features {sentence}")):
+        feature_diversity(features(torch.rand(2, 3, 32, 32)), ["a", "a"])
+
+
+def test_features_are_equally_many_for_every_batch(oracle):
+    policy = WorldPolicy()
+    with pytest.raises(ValueError, match="features has rows of width 1 in one batch and 3 in another; give the same"):
+        step_generalization(policy, brightness, ["a"], steps=(1, 2), samples=4, batch_size=3, features=widening)
+    assert len(policy.calls) == 2
+
+
+class Colours(list):
+    "A function of images that is false, as an empty list"
+
+    def __call__(self, images):
+        return mean_colour(images)
+
+
+def test_a_function_counts_even_if_it_is_false(oracle):
+    ask = partial(step_generalization, WorldPolicy(), brightness, PROMPTS, steps=(1,), samples=18)
+    found = ask(features=Colours())
+    assert found.features == "Colours" and torch.equal(
+        found.feature_diversity, ask(features=mean_colour).feature_diversity
+    )
+
+
+@pytest.mark.parametrize(
+    "features, samples, sentence",
+    [
+        ("facebook/dinov2-base", 12, "features is 'facebook/dinov2-base'; give a function of images"),
+        (Colours, 12, "Colours'>; give a function of images, such as DINOv2()"),
+        (mean_colour, 6, "samples=6 makes no two pictures of one prompt for features; give more samples"),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused_before_sampling(oracle, features, samples, sentence):
+    policy = WorldPolicy()
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        step_generalization(policy, brightness, PROMPTS, steps=(1,), samples=samples, features=features)
+    assert policy.calls == []
+
+
+def test_every_pair_of_pictures_weighs_the_same():
+    "A prompt with three pictures has three pairs; of no picture there is none"
+    shades = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])[:, None, None, None].expand(5, 3, 32, 32)
+    assert prompt_diversity(shades, ["a", "a", "a", "b", "b"]) == 1 / 4
+    assert math.isnan(prompt_diversity(shades[:0], [])) and math.isnan(feature_diversity(torch.ones(0, 2), []))
 
 
 def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
-    asked = dict(steps=(1,), samples=1, features=mean_colour)
+    asked = dict(steps=(1,), samples=1)
     before, after = (step_generalization(WorldPolicy(), brightness, ["a cat"], **asked) for _ in range(2))
     result = compare(before, after)
     assert (
@@ -311,7 +374,6 @@ def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
     )
     stored = json.loads(write_json(tmp_path / "evaluation.json", result).read_text())
     assert stored["gain"]["se"] == [None] and stored["diversity"]["before"] == [None]
-    assert stored["feature_diversity"]["after"] == [None]
     for readable in (result, stored):
         assert "+0.000 ± –" in comparison_table(readable) and "diversity" not in comparison_table(readable)
 
@@ -330,7 +392,7 @@ def test_one_pair_has_no_error_and_still_prints(oracle, tmp_path):
 )
 def test_only_like_is_compared(oracle, change, named):
     def run(reward=brightness, prompts=PROMPTS, **options):
-        return step_generalization(WorldPolicy(), reward, prompts, **{"steps": (1, 2), "samples": 3, **options})
+        return step_generalization(WorldPolicy(), reward, prompts, **{"steps": (1, 2), "samples": 7, **options})
 
     with pytest.raises(ValueError, match=f"{named} differs"):
         compare(run(), run(**change))

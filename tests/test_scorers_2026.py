@@ -1,8 +1,11 @@
 "SigLIP 2, the VQA score, HPSv3 and DINOv2 diversity on narrow random models; the ideas are tested in the notebook."
 
+import json
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -145,6 +148,14 @@ def built(made):
 
 
 NAMES = ["siglip2", "vqascore", "hpsv3"]
+
+
+def altered(folder, place, name, **changes):
+    "A copy with other settings in one of its files"
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+    settings = json.loads((place / name).read_text())
+    (place / name).write_text(json.dumps(settings | changes))
+    return place
 
 
 # The protocol
@@ -325,9 +336,22 @@ def test_folders_that_lack_something(made, options, tmp_path):
     save(tmp_path, SiglipModel.from_pretrained(made["siglip"]), byte_tokenizer())
     with pytest.raises(OSError, match="reward 'siglip2', model: the folder .* holds no preprocessor_config.json"):
         SigLIP2(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(OSError, match="reward 'siglip2', model: could not load .*preprocessor_config.json"):
-        SigLIP2(tmp_path)
+    for text, told in {
+        "{": "could not load .*preprocessor_config.json",
+        "[]": "the preprocessor_config.json of .* holds a list, not settings by name: copy the file again",
+        '{"image_mean": [0.5, 0.5, 0.5]}': "image_std is None in the preprocessor_config.json of .*: give three",
+    }.items():
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        with pytest.raises(OSError, match=f"^reward 'siglip2', model: {told}"):
+            SigLIP2(tmp_path)
+
+
+def test_a_qwen_without_the_size_of_its_patches_is_refused(made, tmp_path):
+    folder = altered(made["qwen3"], tmp_path, "preprocessor_config.json", merge_size=None)
+    with pytest.raises(
+        OSError, match="reward 'vqascore', model: merge_size is None in its preprocessor_config.json: g"
+    ):
+        VQAScore(folder)
 
 
 # Diversity
@@ -336,7 +360,7 @@ def test_folders_that_lack_something(made, options, tmp_path):
 def test_features_are_compared_within_a_prompt(made):
     dinov2, images = DINOv2(made["dino"], chunk=2), pictures()
     features = dinov2(images)
-    assert features.shape == (3, 32) and dinov2.name == "dino"
+    assert features.shape == (3, 32) and dinov2.name == str(made["dino"])
     torch.testing.assert_close(features[1:2], dinov2(images[1:2]))
     apart = feature_diversity(features[[0, 2]], ["a", "a"])
     assert 0 < apart < 2 and feature_diversity(features, ["a", "b", "a"]) == pytest.approx(apart, abs=1e-6)
@@ -349,6 +373,78 @@ def test_features_are_compared_within_a_prompt(made):
 def test_only_a_dinov2_has_its_features(made, kind):
     with pytest.raises(OSError, match=f"dinov2, model: .*/{kind}' is a {kind}.*: give a DINOv2, such as facebook/"):
         DINOv2(made[kind])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            dict(size=dict(height=32, width=32)),
+            "size is {'height': 32, 'width': 32} in its preprocessor_config.json: g",
+        ),
+        (dict(size=32), "size is 32 in its preprocessor_config.json: give {'shortest_edge': 256}, as DINOv2 was"),
+        (
+            dict(crop_size=None),
+            "crop_size is None in its preprocessor_config.json: give a square with sides from 14 to 32",
+        ),
+        (dict(crop_size=dict(height=56, width=56)), "crop_size is {'height': 56, 'width': 56} in its preprocessor"),
+        (dict(crop_size=dict(height=28, width=14)), "crop_size is {'height': 28, 'width': 14} in its preprocessor"),
+        (dict(crop_size=dict(height=8, width=8)), "crop_size is {'height': 8, 'width': 8} in its preprocessor"),
+        (
+            dict(do_center_crop=False),
+            "do_center_crop is False in its preprocessor_config.json: give True, as DINOv2 was",
+        ),
+        (dict(resample=2), "resample is 2 in its preprocessor_config.json: give 3, as DINOv2 was"),
+        (dict(image_mean=None), "image_mean is None in the preprocessor_config.json of "),
+        (dict(image_std=[1, 1, 0]), "image_std is [1, 1, 0] in the preprocessor_config.json of "),
+    ],
+)
+def test_pictures_prepared_in_another_way_are_refused_before_the_weights(made, tmp_path, changes, sentence):
+    folder = altered(made["dino"], tmp_path, "preprocessor_config.json", **changes)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=f"^dinov2, model: {re.escape(sentence)}") as caught:
+        DINOv2(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_list_in_place_of_settings_is_refused(made, tmp_path, file):
+    shutil.copytree(made["dino"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("[]")
+    with pytest.raises(OSError, match=f"^dinov2, model: the {file} of .* holds a list, not settings by name: copy"):
+        DINOv2(tmp_path)
+
+
+def test_places_and_chunks_of_a_dinov2(made, tmp_path):
+    for place in ("", " ", None, str(made["dino"] / "config.json")):
+        with pytest.raises(ValueError, match=re.escape(f"dinov2, model={place!r} is no folder: give that of a DINOv2")):
+            DINOv2(place)
+    for chunk in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"^dinov2, chunk={chunk} is no number of pictures: give an integer"):
+            DINOv2("./nowhere", chunk=chunk)
+    folder = altered(made["dino"], tmp_path, "config.json")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="' is a network without model_type: give a DINOv2"):
+        DINOv2(folder)
+
+
+def test_two_folders_of_one_name_are_two_networks(made, tmp_path):
+    other = shutil.copytree(made["dino"], tmp_path / "other" / "dino")
+    ask = partial(step_generalization, steps=(1,), samples=2, batch_size=2)
+    policy = load_policy("tiny", device="cpu")
+    before, after = (ask(policy, "warmth", ["a star"], features=DINOv2(place)) for place in (made["dino"], other))
+    with pytest.raises(ValueError, match="features differs between before"):
+        compare(before, after)
+
+
+def test_a_broken_network_is_refused_by_the_command(made, finished_run, tmp_path, capfd):
+    folder = shutil.copytree(made["dino"], tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"layernorm.bias": weights["layernorm.bias"] * torch.nan}, folder / "model.safetensors")
+    words = [str(finished_run), "--steps", "1,2", "--output", str(tmp_path / "new.json"), "--dinov2"]
+    assert eval_command([*words, str(folder)]) == 2
+    assert "features has length nan in row 0 (4 of 4 rows are zero or not finite)" in capfd.readouterr().err
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_an_evaluation_has_the_diversity_of_its_own_pictures(made, folder, tmp_path):
@@ -369,22 +465,52 @@ def test_an_evaluation_has_the_diversity_of_its_own_pictures(made, folder, tmp_p
     prompts, seeds = evaluation_pairs(asked, 6, 0)
     images = [policy.sample(prompts, steps, seeds=seeds) for steps in (1, 2)]
     by_hand = [feature_diversity(DINOv2(made["dino"])(of_step), prompts) for of_step in images]
-    assert min(by_hand) > 1e-4 and stored["features"] == "dino"
+    assert min(by_hand) > 1e-4 and stored["features"] == str(made["dino"])
     for sizes in ("before", "after"):  # of batches: they have no influence
         assert stored["feature_diversity"][sizes] == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_the_command_measures_it_for_the_card_of_a_run(made, finished_run, tmp_path, capfd):
+def test_the_command_measures_it_for_the_card_of_a_run(made, finished_run, tmp_path, capfd, monkeypatch):
+    "The table of the pipeline's own scheduler stays beside; a second command measures that one"
+    monkeypatch.chdir(made["dino"].parent)
     run = shutil.copytree(finished_run, tmp_path / "run")
-    words = [str(run), "--steps", "1,2", "--output", str(run / "evaluation.json"), "--dinov2"]
-    assert eval_command([*words, str(made["dino"])]) == 0
+    first, file = read_json(run / "evaluation.json"), run / "evaluation.json"
+    words = [str(run), "--steps", "1,2", "--output", str(file), "--dinov2"]
+    assert eval_command([*words, "dino"]) == 0
     output, errors = capfd.readouterr()
     assert "diversity  dino diversity\n" in output and not errors
-    numbers = read_json(run / "evaluation.json")["feature_diversity"]
+    numbers = read_json(file)["feature_diversity"]
     shown = [f"{before:.3f} → {after:.3f}" for before, after in zip(numbers["before"], numbers["after"])]
     pages = model_card(run), write_report(run).read_text(encoding="utf-8")
     assert all(text in page for page in (output, *pages) for text in shown) and "| dino diversity |" in pages[0]
+    trained = read_json(file)
+    assert trained["steps"] == [1, 2] and trained["own_scheduler"] == first["own_scheduler"]
+    assert eval_command([*words, "dino", "--own_scheduler"]) == 0
+    both = read_json(file)
+    assert both["own_scheduler"]["features"] == "dino" and both | {"own_scheduler": 0} == trained | {"own_scheduler": 0}
+    assert model_card(run).count("| dino diversity |") == 2 and capfd.readouterr().err == ""
     for place, told in (("./nowhere", "'./nowhere' is no folder or file here"), (str(made["siglip"]), "is a siglip")):
         assert eval_command([*words, place]) == 1
         error = capfd.readouterr().err
         assert error.startswith("sdpo-eval: dinov2, model: ") and told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            ["--dinov2", ""],
+            "sdpo-eval: dinov2, model='' is no folder: give that of a DINOv2, or facebook/dinov2-base.\n",
+        ),
+        (
+            ["--dinov2", "x/y", "--samples", "2"],
+            "sdpo-eval: samples is 2, which makes no two pictures of one prompt for d",
+        ),
+        (["--output", ""], "sdpo-eval: output is '.'; let it end in .json.\n"),
+    ],
+)
+def test_what_the_command_refuses_before_it_loads_anything(finished_run, capfd, monkeypatch, words, sentence):
+    monkeypatch.setattr("sdpo_nb.models.load_policy", None)
+    assert eval_command([str(finished_run), "--steps", "1", *words]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(sentence) and error.count("\n") == 1
