@@ -16,7 +16,9 @@ from sdpo_nb.files import read_json
 from sdpo_nb.models import load_policy
 from sdpo_nb.trainer import Trainer
 
-RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results" / "demo").glob("seed_*.json"))
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "benchmarks" / "results" / "demo").glob("seed_*.json"))
+FLOW_RESULTS = sorted((ROOT / "benchmarks" / "results" / "flow" / "demo").glob("seed_*.json"))
 
 
 def gains_and_losses(evaluation):
@@ -72,6 +74,21 @@ def test_the_evaluation_that_comes_with_the_package_is_that_of_the_demo(tmp_path
         now = step_generalization(trainer.policy, trainer.reward, trainer.prompts, **settings)
     torch.testing.assert_close(now.rewards[0], kept[False].rewards[0, :24], atol=0.02, rtol=0)
     torch.testing.assert_close(now.images[0], kept[False].images[0], atol=0.01, rtol=0)
+
+
+def test_the_chapter_tells_what_the_flow_models_preset_does():
+    "Six seeds, of which it names the means; they do not reach the bar above"
+    runs = [read_json(path) for path in FLOW_RESULTS]
+    assert {run["seed"] for run in runs} == {0, 1, 2, 3, 4, 42}
+    preset = key_of(asdict(preset_config("tiny_flow", seed=0)))
+    assert {key_of({**run["config"], "seed": 0}) for run in runs} == {preset}
+    found = [gains_and_losses(run["evaluation"]) for run in runs]
+    gains, lost = ([mean(column) for column in zip(*values)] for values in zip(*found))
+    page = (ROOT / "nbs" / "57_tiny_flow.ipynb").read_text(encoding="utf-8")
+    assert f"a run gains {min(gains):.2f} to {max(gains):.2f} standard deviations" in page
+    assert f"loses up to {max(lost):.1f} points of agreement" in page
+    seconds = [run["cpu_seconds"] for run in runs]
+    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} processor seconds" in page
 
 
 @pytest.mark.slow
