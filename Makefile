@@ -54,7 +54,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
-	@$(SAY) "About half an hour on two cores"
+	@$(SAY) "About a quarter of an hour on two cores"
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 check: $(VENV)/.installed-dev
