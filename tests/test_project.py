@@ -109,7 +109,7 @@ def test_torchvision_is_not_needed():
     assert not [path.name for path in NOTEBOOKS if any(imports.search(source) for source in cells(path, "code"))]
 
 
-@pytest.mark.parametrize("target, minutes", [("test", "eleven minutes on two"), ("test-slow", "half an hour")])
+@pytest.mark.parametrize("target, minutes", [("test", "eleven minutes on two"), ("test-slow", "a quarter of an hour")])
 def test_make_says_first_how_long_its_tests_take_and_where(target, minutes):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (say,) = re.findall(r"^SAY := .* -c '(.*)'$", makefile, flags=re.MULTILINE)
