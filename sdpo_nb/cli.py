@@ -258,11 +258,9 @@ def _load_dinov2(place: str, prompts: list, samples: int, seed: int) -> dict:  #
     "What reads features, for `step_generalization`. Raises `ValueError` where no prompt comes twice"
     if place is None:
         return {}
-    from sdpo_nb.prompts import evaluation_pairs
+    from sdpo_nb.prompts import check_repeated, evaluation_pairs
 
-    if len(set(evaluation_pairs(prompts, samples, seed)[0])) == samples:
-        problem = f"samples is {samples}, which makes no two pictures of one prompt for dinov2 to compare"
-        raise ValueError(f"{problem}; give more samples than prompts, or fewer prompts.")
+    check_repeated(evaluation_pairs(prompts, samples, seed)[0])
     return dict(features=importlib.import_module("sdpo_nb.scorers_2026").DINOv2(place))  # of a later chapter
 
 

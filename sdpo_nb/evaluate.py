@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from .models import decoded_pixels, picture_size, shrink
-from .prompts import evaluation_pairs, pairs_of_steps
+from .prompts import check_repeated, evaluation_pairs, pairs_of_steps
 from .rewards import checked, get_reward, reward_name
 from .shapes import image_size, load_network, parse_caption
 
@@ -205,8 +205,8 @@ def _load_readers(policy, prompts, reward, other_rewards=None, features=None):  
     "What `_measure` needs; the oracle where pictures have the size of its world and a prompt names something in it"
     if features is not None and (not callable(features) or isinstance(features, type)):
         raise ValueError(f"features is {features!r}; give a function of images, such as DINOv2().")
-    if features is not None and len(set(prompts)) == len(prompts):
-        raise ValueError(f"samples={len(prompts)} makes no two pictures of one prompt for features; give more samples.")
+    if features is not None:
+        check_repeated(prompts)
     sides = {side * policy.pipeline.vae_scale_factor for side in policy.latent_shape[1:]}
     named = sides == {image_size} and any(map(parse_caption, prompts))
     rewards = {label: get_reward(one) for label, one in ({"": reward} | (other_rewards or {})).items()}

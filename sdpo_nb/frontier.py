@@ -158,6 +158,8 @@ def frontier_over_seeds(
 # %% ../nbs/36_frontier.ipynb #2d70a49b
 def _p_value(differences):  # `[N]` float64, N at least 2
     "Two-sided p-value of a paired t-test, by integrating the density of Student's t"
+    if not differences.std() > 0:  # all equal; not a number stays without significance
+        return float(not differences.mean().abs() > 0)
     freedom = len(differences) - 1
     size = (differences.mean() / (differences.std() / len(differences) ** 0.5)).abs()
     x = torch.linspace(0, 1, 20_001, dtype=torch.float64) * size

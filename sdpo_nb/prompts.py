@@ -6,7 +6,7 @@ Docs: https://sdpo-nb.github.io/sdpo_nb/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['animals', 'balanced', 'prompt_lists', 'dataset_column', 'load_prompts', 'unknown_words', 'evaluation_pairs',
-           'pairs_of_steps']
+           'check_repeated', 'pairs_of_steps']
 
 # %% ../nbs/22_prompts.ipynb #18a67819
 import csv, io, json, math, os, re
@@ -276,6 +276,15 @@ def evaluation_pairs(
     seeds = torch.randint(2**63 - 1, (max(samples, count),), generator=generator).tolist()
     drawn = range(samples) if samples >= count else sorted(_spread_order(range(count), generator)[:samples])
     return [prompts[index % count] for index in drawn], [seeds[index] for index in drawn]
+
+# %% ../nbs/22_prompts.ipynb #d595e180
+def check_repeated(
+    prompts: list[str],  # of the pairs, from `evaluation_pairs`
+):
+    "Raise `ValueError` unless a prompt comes twice, so that features of its pictures can be compared"
+    if len(set(prompts)) == len(prompts):
+        problem = f"samples={len(prompts)} makes no two pictures of one prompt for features"
+        raise ValueError(f"{problem}; give more samples than prompts, or fewer prompts.")
 
 # %% ../nbs/22_prompts.ipynb #86e7caa5
 def pairs_of_steps(

@@ -504,7 +504,7 @@ def test_the_command_measures_it_for_the_card_of_a_run(made, finished_run, tmp_p
         ),
         (
             ["--dinov2", "x/y", "--samples", "2"],
-            "sdpo-eval: samples is 2, which makes no two pictures of one prompt for d",
+            "sdpo-eval: samples=2 makes no two pictures of one prompt for f",
         ),
         (["--output", ""], "sdpo-eval: output is '.'; let it end in .json.\n"),
     ],
