@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +22,14 @@ from sdpo_nb.embedded_flow import (
     train_embedded_flow,
 )
 from sdpo_nb.evaluate import read_attributes
+from sdpo_nb.files import read_json, read_jsonl
 from sdpo_nb.flow_families import EvenSD3Policy
 from sdpo_nb.hub import quiet_loading
 from sdpo_nb.models import load_policy
 from sdpo_nb.samplers import FlowSampler
 from sdpo_nb.shapes import all_captions, assets, load_network
+
+results = Path(__file__).parent.parent / "benchmarks" / "results" / "flow"
 
 PROMPTS = ["a red circle on a blue background", "a yellow star on a black background"]
 
@@ -105,6 +110,15 @@ def test_rehearsal_of_the_whole_recipe(tmp_path):
 
 
 # what is shipped
+
+
+def test_a_second_training_gave_the_weights_that_ship():
+    "The appendix says so; the first training's losses are in log.jsonl"
+    again = read_json(results / "repeat.json")
+    shipped = assets / "tiny_flow" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert again["weights_sha256"] == sha256(shipped.read_bytes()).hexdigest()
+    first = [line for line in read_jsonl(results / "log.jsonl") if "loss" in line]
+    assert again["losses"] == [line["loss"] for line in first] and again["updates"] == first[-1]["step"]
 
 
 def test_shipped_files_are_those_of_the_recipe(tmp_path, monkeypatch):
